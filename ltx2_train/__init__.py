@@ -1,0 +1,1 @@
+"""Pretrain and fine-tune LTX-2, the open audio-video diffusion transformer."""

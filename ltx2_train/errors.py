@@ -1,0 +1,21 @@
+"""What a user can cause. Every message names the thing, the bound and the next action; our own invariants are asserts."""
+
+
+class Ltx2Error(Exception):
+    """Base of all errors that are shown without a traceback by the command-line programs."""
+
+
+class ConfigError(Ltx2Error, ValueError):
+    """A setting is unknown, of the wrong type or out of its bound."""
+
+
+class DataError(Ltx2Error, ValueError):
+    """A media file, record, shard, index or manifest is not what it should be."""
+
+
+class CheckpointError(Ltx2Error, RuntimeError):
+    """A checkpoint or weights file is incomplete, damaged or belongs to something else."""
+
+
+class NonFiniteError(Ltx2Error, ArithmeticError):
+    """A loss or gradient became NaN or infinite; it was not applied."""

@@ -1,0 +1,106 @@
+"""Multi-head attention with whole-width query/key norms, rotary positions and per-head output gates."""
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from ltx2_train.model.fused import norm_rotate
+from ltx2_train.model.rope import Rope
+
+
+class Skip(Enum):
+    """Perturbation of a whole batch: the operation does not run at all."""
+
+    ALL = "all"
+
+
+Keep = Tensor | Skip | None  # (B, 1, 1) of 0 / 1 per sample, the whole batch skipped, or nothing perturbed
+
+
+class RmsNormWeight(nn.Module):
+    """The affine weight of a query or key norm; the arithmetic is in `norm_rotate`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Attention(nn.Module):
+    """Queries from `query_dim`, keys and values from `context_dim`, `heads` heads over `inner_dim`."""
+
+    def __init__(self, query_dim: int, context_dim: int, inner_dim: int, heads: int, *, gated: bool, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.q_norm = RmsNormWeight(inner_dim)
+        self.k_norm = RmsNormWeight(inner_dim)
+        self.to_q = nn.Linear(query_dim, inner_dim)
+        self.to_k = nn.Linear(context_dim, inner_dim)
+        self.to_v = nn.Linear(context_dim, inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim)])  # a list: the published key is to_out.0
+        self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rope: Rope | None = None,
+        context_rope: Rope | None = None,
+        bias: Tensor | None = None,
+        keep: Keep = None,
+    ) -> Tensor:
+        """Attend from x (B, T, query_dim) to the context, or to itself.
+
+        `rope`, `context_rope`: rotations of queries and keys. `bias`: additive, broadcastable to (B, N, T, S).
+        `keep`: where it is 0 the value projection passes through unattended (spatio-temporal guidance,
+        arXiv:2411.18664); gates and output projection still apply.
+        """
+        source = x if context is None else context
+        value = self.to_v(source).unflatten(-1, (self.heads, -1))
+        if keep is Skip.ALL:
+            out = value
+        else:
+            out = self._attend(x, source, value, rope, context_rope, bias)
+            if isinstance(keep, Tensor):
+                out = torch.lerp(value, out, keep[..., None].to(out.dtype))
+        if self.to_gate_logits is not None:
+            out = out * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
+        return self.to_out[0](out.flatten(-2))
+
+    def _attend(
+        self, x: Tensor, source: Tensor, value: Tensor, rope: Rope | None, context_rope: Rope | None, bias: Tensor | None
+    ) -> Tensor:
+        query = norm_rotate(self.to_q(x), self.q_norm.weight, rope, self.heads, self.eps)
+        key = norm_rotate(self.to_k(source), self.k_norm.weight, context_rope, self.heads, self.eps)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """W2 gelu_tanh(W1 x), four times as wide inside."""
+
+    def __init__(self, width: int, *, bias: bool) -> None:
+        super().__init__()
+        up = nn.ModuleDict({"proj": nn.Linear(width, 4 * width, bias=bias)})  # the published keys are net.0.proj, net.2
+        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(4 * width, width, bias=bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](nn.functional.gelu(self.net[0]["proj"](x), approximate="tanh"))
+
+
+def text_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Additive bias (B, 1, 1, L) of a text mask: int or bool (1 = valid) or already additive float."""
+    if mask is None:
+        return None
+    if not mask.dtype.is_floating_point:
+        mask = (mask.to(dtype) - 1) * torch.finfo(dtype).max
+    return mask[:, None, None, :].to(dtype)
+
+
+def self_attention_bias(strength: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Additive bias (B, 1, T, T) of a self-attention strength in [0, 1]: its logarithm."""
+    if strength is None:
+        return None
+    bias = strength.to(dtype).clamp(min=torch.finfo(dtype).tiny).log()
+    return bias.masked_fill(strength <= 0, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,242 @@
+"""The transformer's configuration: the fields of a released checkpoint's header, under their published names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from ltx2_train.errors import CheckpointError, ConfigError
+
+
+class RopeType(StrEnum):
+    SPLIT = "split"
+    INTERLEAVED = "interleaved"
+
+
+# Header fields that say what the architecture is and have one supported value each.
+FIXED_FIELDS: dict[str, Any] = {
+    "dropout": 0.0,
+    "attention_bias": True,
+    "num_vector_embeds": None,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "cross_attention_norm": True,
+    "double_self_attention": False,
+    "upcast_attention": False,
+    "standardization_norm": "rms_norm",
+    "norm_elementwise_affine": False,
+    "qk_norm": "rms_norm",
+    "positional_embedding_type": "rope",
+    "use_middle_indices_grid": True,
+    "use_audio_video_cross_attention": True,
+    "share_ff": False,
+    "av_cross_ada_norm": True,
+}
+# Header fields that the published implementations carry and do not read, or that select the text feature extractor.
+UNREAD_FIELDS = {
+    "_class_name",
+    "_diffusers_version",
+    "attention_type",
+    "norm_num_groups",
+    "causal_temporal_positioning",
+    "use_embeddings_connector",
+    "caption_projection_first_linear",
+    "caption_projection_second_linear",
+    "caption_proj_input_norm",
+    "text_encoder_norm_type",
+    "connector_learnable_registers_std",
+    "connector_norm_output",
+    "use_audio_embeddings_connector",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class TransformerConfig:
+    """`config.transformer` of a checkpoint header. Defaults are the values that an absent key stands for."""
+
+    num_attention_heads: int = 32
+    attention_head_dim: int = 128
+    """Video head width; the video width is heads x this."""
+    in_channels: int = 128
+    out_channels: int = 128
+    num_layers: int = 48
+    cross_attention_dim: int = 4096
+    """Width of the video text context; equals the video width."""
+    norm_eps: float = 1e-6
+    positional_embedding_theta: float = 10000.0
+    positional_embedding_max_pos: list[int] = field(default_factory=lambda: [20, 2048, 2048])
+    """Seconds, pixels, pixels."""
+    timestep_scale_multiplier: float = 1000
+    audio_num_attention_heads: int = 32
+    """Equals num_attention_heads."""
+    audio_attention_head_dim: int = 64
+    """Audio head width, and head width of both audio-video attentions."""
+    audio_in_channels: int = 128
+    audio_out_channels: int = 128
+    audio_cross_attention_dim: int = 2048
+    """Width of the audio text context; equals the audio width."""
+    audio_positional_embedding_max_pos: list[int] = field(default_factory=lambda: [20])
+    """Seconds."""
+    av_ca_timestep_scale_multiplier: float = 1
+    """Multiplies the other stream's sigma before the audio-video gate's AdaLN. 1000 in every released header."""
+    rope_type: RopeType = RopeType.SPLIT
+    frequencies_precision: str = "float32"
+    """ "float64" builds the RoPE frequency ladder in fp64; anything else in fp32."""
+    apply_gated_attention: bool = False
+    """Per-head output gates in all attentions (2.3, 2.5)."""
+    cross_attention_adaln: bool = False
+    """Modulated text cross-attention: 9 AdaLN rows instead of 6, and prompt tables (2.3, 2.5)."""
+    use_prompt_adaln_single: bool = True
+    """The sigma-dependent part of the prompt modulation; read only with cross_attention_adaln."""
+    caption_proj_before_connector: bool = False
+    """True: text features reach the transformer at its width; False: caption projections inside it (2.0)."""
+    caption_channels: int | None = None
+    """Width of the text features before the caption projections (2.0)."""
+    ff_bias: bool = True
+    audio_ff_bias: bool = True
+    use_keyframes_abs_pos_embedding: bool = False
+    """A learned marker on tokens that stand for a single pixel frame (2.5)."""
+    connector_num_attention_heads: int = 30
+    connector_attention_head_dim: int = 128
+    connector_num_layers: int = 2
+    connector_positional_embedding_max_pos: list[int] = field(default_factory=lambda: [1])
+    """[4096] in every released header."""
+    connector_apply_gated_attention: bool = False
+    connector_ff_bias: bool = True
+    connector_num_learnable_registers: int = 128
+    audio_connector_num_attention_heads: int | None = None
+    """None: as the video connector. Likewise the next two."""
+    audio_connector_attention_head_dim: int | None = None
+    audio_connector_num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        self.rope_type = RopeType(self.rope_type)
+        if self.num_attention_heads != self.audio_num_attention_heads:
+            raise ConfigError(
+                f"audio_num_attention_heads={self.audio_num_attention_heads} must equal "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        self._expect("cross_attention_dim", self.video_width)
+        self._expect("audio_cross_attention_dim", self.audio_width)
+        if not self.caption_proj_before_connector and self.caption_channels is None:
+            raise ConfigError("caption_channels is required unless caption_proj_before_connector is true")
+        for name in ("attention_head_dim", "audio_attention_head_dim"):
+            if getattr(self, name) % 2:
+                raise ConfigError(f"{name}={getattr(self, name)} must be even: RoPE rotates pairs")
+
+    def _expect(self, name: str, width: int) -> None:
+        if getattr(self, name) != width:
+            raise ConfigError(f"{name}={getattr(self, name)} must equal heads x head width = {width}")
+
+    @property
+    def video_width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def audio_width(self) -> int:
+        return self.audio_num_attention_heads * self.audio_attention_head_dim
+
+    @property
+    def adaln_rows(self) -> int:
+        """Rows of the main modulation: shift, scale, gate of self-attention and FF, and of text attention if modulated."""
+        return 9 if self.cross_attention_adaln else 6
+
+    @property
+    def has_prompt_adaln(self) -> bool:
+        return self.cross_attention_adaln and self.use_prompt_adaln_single
+
+    @property
+    def video_connector_width(self) -> int:
+        """Width of the video text features that the connector takes and gives."""
+        return self.connector_num_attention_heads * self.connector_attention_head_dim
+
+    @property
+    def audio_connector_width(self) -> int:
+        heads = self.audio_connector_num_attention_heads or self.connector_num_attention_heads
+        return heads * (self.audio_connector_attention_head_dim or self.connector_attention_head_dim)
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], source: str = "config.transformer") -> "TransformerConfig":
+        """The configuration of a checkpoint header. Raises `CheckpointError` listing every unsupported or unknown value."""
+        wrong = [
+            f"{name}={header.get(name)!r} (supported: {value!r})"
+            for name, value in FIXED_FIELDS.items()
+            if header.get(name) != value
+        ]
+        known = {f.name for f in fields(cls)}
+        wrong += [f"{name}={header[name]!r} (unknown)" for name in header.keys() - known - FIXED_FIELDS.keys() - UNREAD_FIELDS]
+        if "audio_num_attention_heads" not in header:
+            wrong.append("audio_num_attention_heads is missing")
+        if wrong:
+            raise CheckpointError(f"{source}: not an architecture of this program: " + "; ".join(sorted(wrong)))
+        try:
+            return cls(**{name: header[name] for name in header.keys() & known})
+        except (ConfigError, ValueError) as error:
+            raise CheckpointError(f"{source}: {error}") from error
+
+    def to_header(self) -> dict[str, Any]:
+        """`config.transformer` as a released checkpoint carries it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**FIXED_FIELDS, **{n: str(v) if isinstance(v, RopeType) else v for n, v in values.items() if v is not None}}
+
+
+_RELEASED: dict[str, Any] = {
+    "caption_channels": 3840,
+    "av_ca_timestep_scale_multiplier": 1000.0,
+    "frequencies_precision": "float64",
+    "connector_positional_embedding_max_pos": [4096],
+}
+_2_3: dict[str, Any] = {
+    **_RELEASED,
+    "apply_gated_attention": True,
+    "cross_attention_adaln": True,
+    "caption_proj_before_connector": True,
+    "connector_num_attention_heads": 32,
+    "connector_num_layers": 8,
+    "connector_apply_gated_attention": True,
+    "audio_connector_num_attention_heads": 32,
+    "audio_connector_attention_head_dim": 64,
+}
+_2_5: dict[str, Any] = {**_2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True}
+
+
+def _small(heads: int, video: int, audio: int, layers: int, connector_layers: int, registers: int) -> dict[str, Any]:
+    """The 2.5 architecture at another size."""
+    return {
+        **_2_5,
+        "num_attention_heads": heads,
+        "audio_num_attention_heads": heads,
+        "attention_head_dim": video,
+        "audio_attention_head_dim": audio,
+        "cross_attention_dim": heads * video,
+        "audio_cross_attention_dim": heads * audio,
+        "num_layers": layers,
+        "connector_num_attention_heads": heads,
+        "connector_attention_head_dim": video,
+        "audio_connector_num_attention_heads": heads,
+        "audio_connector_attention_head_dim": audio,
+        "connector_num_layers": connector_layers,
+        "connector_num_learnable_registers": registers,
+    }
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "ltx2_19b": _RELEASED,
+    "ltx2_3_22b": _2_3,
+    "ltx2_5_22b": _2_5,
+    "tiny": _small(heads=2, video=20, audio=10, layers=2, connector_layers=1, registers=8),
+    "demo": _small(heads=4, video=48, audio=32, layers=4, connector_layers=1, registers=16),
+    "small_30m": _small(heads=8, video=48, audio=32, layers=6, connector_layers=1, registers=16),
+}
+
+
+def named_config(name: str, overrides: Mapping[str, Any] | None = None) -> TransformerConfig:
+    """A named configuration with some fields replaced. Raises `ConfigError` naming what is known."""
+    if name not in CONFIGURATIONS:
+        raise ConfigError(f"model.name={name!r} is not a named configuration; known: {', '.join(CONFIGURATIONS)}")
+    known = {f.name for f in fields(TransformerConfig)}
+    if unknown := set(overrides or {}) - known:
+        raise ConfigError(f"model.overrides: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return TransformerConfig(**{**CONFIGURATIONS[name], **(overrides or {})})

@@ -1,0 +1,152 @@
+"""Text connectors: small transformers that turn text features into the context both streams attend to.
+
+Positions without text are filled by learned registers ("thinking tokens"), so every position is attended later and no mask
+is needed behind the connector. Source: LTX-2 (arXiv:2601.03233) section 3.3.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ltx2_train.errors import ConfigError
+from ltx2_train.model.attention import Attention, FeedForward
+from ltx2_train.model.config import TransformerConfig
+from ltx2_train.model.modality import Modality, Perturbations, Velocity
+from ltx2_train.model.rope import Rope, RopeCache, RopeSpec
+from ltx2_train.model.transformer import Transformer
+
+
+class ConnectorBlock(nn.Module):
+    def __init__(self, width: int, heads: int, *, gated: bool, ff_bias: bool, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn1 = Attention(width, width, width, heads, gated=gated, eps=eps)
+        self.ff = FeedForward(width, bias=ff_bias)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        normed = nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
+        x = x + self.attn1(normed, rope=rope, context_rope=rope)
+        return x + self.ff(nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps))
+
+
+class Connector(nn.Module):
+    """Features of one stream, (B, L, D), to context (B, S, D)."""
+
+    def __init__(self, config: TransformerConfig, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.eps, self.heads = config.norm_eps, heads
+        self.learnable_registers = nn.Parameter(torch.zeros(config.connector_num_learnable_registers, width))
+        kind = {"gated": config.connector_apply_gated_attention, "ff_bias": config.connector_ff_bias, "eps": self.eps}
+        self.transformer_1d_blocks = nn.ModuleList([ConnectorBlock(width, heads, **kind) for _ in range(layers)])
+        max_pos = tuple(config.connector_positional_embedding_max_pos)
+        double = config.frequencies_precision == "float64"
+        theta = config.positional_embedding_theta
+        self._rope_spec = RopeSpec(1, width, heads, max_pos, theta, double, config.rope_type)
+        self._ropes = RopeCache()
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+
+    def forward(self, features: Tensor, lengths: Tensor, size: int) -> Tensor:
+        """`features` (B, L, D) with valid rows first, `lengths` (B,) of them valid; S = `size` rows come out, all valid."""
+        x = self._with_registers(features.to(self.learnable_registers.dtype), lengths, size)
+        rope = self._ropes.get(self._position_bounds(size, x.device), self._rope_spec, x.dtype)
+        for block in self.transformer_1d_blocks:
+            x = block(x, rope)
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    def _with_registers(self, features: Tensor, lengths: Tensor, size: int) -> Tensor:
+        """Row p is text where p < length and register p mod R behind it."""
+        registers = self.learnable_registers
+        features = nn.functional.pad(features, (0, 0, 0, size - features.shape[1]))
+        tiled = registers.repeat(size // len(registers), 1)
+        valid = torch.arange(size, device=features.device) < lengths[:, None]
+        return torch.where(valid[..., None], features, tiled)
+
+    def _position_bounds(self, size: int, device: torch.device) -> Tensor:
+        """Positions 0 .. S-1 as bounds of no width: the connector's RoPE has no midpoints."""
+        if (size, device) not in self._positions:
+            places = torch.arange(size, dtype=torch.float32, device=device)
+            self._positions[size, device] = places[None, None, :, None].expand(1, 1, size, 2)
+        return self._positions[size, device]
+
+
+class Connectors(nn.Module):
+    """The connector of each stream."""
+
+    def __init__(self, config: TransformerConfig, *, video: bool = True, audio: bool = True) -> None:
+        super().__init__()
+        self.num_registers = config.connector_num_learnable_registers
+        if video:
+            heads, layers = config.connector_num_attention_heads, config.connector_num_layers
+            self.video_embeddings_connector = Connector(config, config.video_connector_width, heads, layers)
+        if audio:
+            heads = config.audio_connector_num_attention_heads or config.connector_num_attention_heads
+            layers = config.audio_connector_num_layers or config.connector_num_layers
+            self.audio_embeddings_connector = Connector(config, config.audio_connector_width, heads, layers)
+
+    def forward(
+        self, video: Tensor | None, audio: Tensor | None, mask: Tensor | None, size: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Features (B, L, D) per stream and their mask (B, L) (1 = valid, on either side) to contexts (B, S, D).
+
+        `size` S is a multiple of the number of registers, at least L; by default the smallest.
+        """
+        reference = video if video is not None else audio
+        assert reference is not None, "the connectors need at least one stream"
+        length, registers = reference.shape[1], self.num_registers
+        size = -(-length // registers) * registers if size is None else size
+        if size < length or size % registers:
+            raise ConfigError(f"context of {size} text tokens: need a multiple of {registers} registers, at least {length}")
+        if mask is None:
+            mask = torch.ones(reference.shape[:2], dtype=torch.bool, device=reference.device)
+        order = mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None]
+        lengths = mask.bool().sum(1)
+        return (
+            self.video_embeddings_connector(video.take_along_dim(order, 1), lengths, size) if video is not None else None,
+            self.audio_embeddings_connector(audio.take_along_dim(order, 1), lengths, size) if audio is not None else None,
+        )
+
+
+class TextConditioned(nn.Module):
+    """Connectors and transformer as one model: called as the transformer is, with text features as context.
+
+    This is what an engine shards. Frozen connectors run without recording gradients.
+    """
+
+    def __init__(self, transformer: Transformer, connectors: Connectors, text_tokens: int | None = None) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.connectors = connectors
+        self.text_tokens = text_tokens
+        """Rows of context behind the connectors: 1024 for released weights; None: the fewest that hold the text."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.transformer.config
+
+    def shard_units(self) -> list[nn.Module]:
+        """The modules that a sharding engine gathers one at a time."""
+        connectors = [self.connectors.get_submodule(name) for name, _ in self.connectors.named_children()]
+        return [block for c in connectors for block in c.transformer_1d_blocks] + self.transformer.shard_units()
+
+    def forward(
+        self,
+        video: Modality | None = None,
+        audio: Modality | None = None,
+        perturbations: Perturbations | None = None,
+    ) -> Velocity:
+        """As `Transformer.forward`; each `context` is (B, L, W) text features with `context_mask` (B, L), 1 = valid."""
+        trained = any(p.requires_grad for p in self.connectors.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            contexts = self._contexts(video, audio)
+        video, audio = (
+            None if m is None else replace(m, context=c, context_mask=None)
+            for m, c in zip((video, audio), contexts, strict=True)
+        )
+        return self.transformer(video, audio, perturbations)
+
+    def _contexts(self, video: Modality | None, audio: Modality | None) -> tuple[Tensor | None, Tensor | None]:
+        given = video if video is not None else audio
+        assert given is not None, "the model needs at least one stream"
+        video_text, audio_text = (None if m is None else m.context for m in (video, audio))
+        return self.connectors(video_text, audio_text, given.context_mask, self.text_tokens)

@@ -1,0 +1,15 @@
+"""What a text encoder is: captions to the features that a dataset stores."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ltx2_train.record import TextFeatures
+
+
+class TextEncoder(Protocol):
+    name: str  # name and version or fingerprint: goes into the manifest, a mismatch is refused
+    video_width: int
+    audio_width: int
+
+    def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
+        """Features per caption, valid rows only. The empty caption gives the null context (at least one row)."""
