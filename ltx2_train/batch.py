@@ -1,7 +1,8 @@
 """Samples of one bucket, collated. Fixed shapes, no Python objects on the device, and nothing that depends on a rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device, copied asynchronously from pinned memory."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in moved.items() if isinstance(t, Tensor)})
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.pin_memory() for n, t in moved.items() if isinstance(t, Tensor)})
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket, errors: Sequence[str] = ()) -> Batch:

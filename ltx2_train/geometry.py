@@ -43,7 +43,9 @@ def latent_size(pixels: int, name: str = "size") -> int:
     """Latent rows or columns of `pixels` pixels. Raises `DataError` when it is not a multiple of 32."""
     if pixels < SPACE_SCALE or pixels % SPACE_SCALE:
         nearest = max(SPACE_SCALE, round(pixels / SPACE_SCALE) * SPACE_SCALE)
-        raise DataError(f"{name} of {pixels} px; the video codec needs a multiple of {SPACE_SCALE} (nearest: {nearest})")
+        raise DataError(
+            f"{name} of {pixels} px; the video codec needs a multiple of {SPACE_SCALE} (nearest: {nearest})"
+        )
     return pixels // SPACE_SCALE
 
 

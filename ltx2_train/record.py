@@ -130,7 +130,9 @@ def _check_record(sample: Sample) -> None:
     if sample.video is None and sample.audio is None:
         raise DataError(f"{sample.key}: neither video nor audio in the record")
     if text.video.shape[0] != text.audio.shape[0] or text.video.shape[0] < 1:
-        raise DataError(f"{sample.key}: {len(text.video)} video and {len(text.audio)} audio text rows; need the same, >= 1")
+        raise DataError(
+            f"{sample.key}: {len(text.video)} video and {len(text.audio)} audio text rows; need the same, >= 1"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,9 @@ class Manifest:
     video_text_width: int
     audio_text_width: int
     code_version: str
-    settings: dict[str, Any] = field(default_factory=dict)  # buckets, crop, audio rate, dtype: as given to data_prep.encode
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # buckets, crop, audio rate, dtype: as given to data_prep.encode
     shards: dict[str, str] = field(default_factory=dict)  # shard file name -> SHA-256
     counts: dict[str, int] = field(default_factory=dict)  # samples kept, and dropped by reason
     version: int = MANIFEST_VERSION
@@ -157,11 +161,15 @@ class Manifest:
     def load(cls, directory: Path) -> "Manifest":
         path = Path(directory) / MANIFEST_NAME
         if not path.exists():
-            raise DataError(f"{path} is missing: {directory} is no finished latent dataset. Run data_prep.encode to its end")
+            raise DataError(
+                f"{path} is missing: {directory} is no finished latent dataset. Run data_prep.encode to its end"
+            )
         try:
             manifest = cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}: not a manifest of this program ({error}). Re-run data_prep.encode") from error
         if manifest.version != MANIFEST_VERSION:
-            raise DataError(f"{path}: version {manifest.version}; this program reads {MANIFEST_VERSION}. Re-run data_prep.encode")
+            raise DataError(
+                f"{path}: version {manifest.version}; this program reads {MANIFEST_VERSION}. Re-run data_prep.encode"
+            )
         return manifest

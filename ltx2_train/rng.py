@@ -36,9 +36,9 @@ class BatchRng:
 
     def normal(self, purpose: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) fp32 standard normal numbers, drawn on `device` (CPU and CUDA streams differ)."""
-        rows = [torch.randn(*shape, generator=g, device=device) for g in self._generators(purpose, device)]
+        rows = [torch.randn(tuple(shape), generator=g, device=device) for g in self._generators(purpose, device)]
         return torch.stack(rows)
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) fp32 numbers in [0, 1), on the CPU."""
-        return torch.stack([torch.rand(*shape, generator=g) for g in self._generators(purpose, "cpu")])
+        return torch.stack([torch.rand(tuple(shape), generator=g) for g in self._generators(purpose, "cpu")])

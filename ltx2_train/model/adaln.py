@@ -15,7 +15,9 @@ MAX_PERIOD = 10000.0
 def sinusoid(timesteps: Tensor) -> Tensor:
     """[cos(t f), sin(t f)] with f_i = 10000^(-i / 128): (..., 256) fp32. Rounding t to bf16 first would ruin it."""
     half = SINUSOID_DIM // 2
-    frequencies = torch.exp(torch.arange(half, device=timesteps.device, dtype=torch.float32) * (-log(MAX_PERIOD) / half))
+    frequencies = torch.exp(
+        torch.arange(half, device=timesteps.device, dtype=torch.float32) * (-log(MAX_PERIOD) / half)
+    )
     phases = timesteps.float()[..., None] * frequencies
     return torch.cat([phases.cos(), phases.sin()], dim=-1)
 

@@ -29,7 +29,9 @@ class RmsNormWeight(nn.Module):
 class Attention(nn.Module):
     """Queries from `query_dim`, keys and values from `context_dim`, `heads` heads over `inner_dim`."""
 
-    def __init__(self, query_dim: int, context_dim: int, inner_dim: int, heads: int, *, gated: bool, eps: float) -> None:
+    def __init__(
+        self, query_dim: int, context_dim: int, inner_dim: int, heads: int, *, gated: bool, eps: float
+    ) -> None:
         super().__init__()
         self.heads, self.eps = heads, eps
         self.q_norm = RmsNormWeight(inner_dim)
@@ -69,7 +71,13 @@ class Attention(nn.Module):
         return self.to_out[0](out.flatten(-2))
 
     def _attend(
-        self, x: Tensor, source: Tensor, value: Tensor, rope: Rope | None, context_rope: Rope | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        source: Tensor,
+        value: Tensor,
+        rope: Rope | None,
+        context_rope: Rope | None,
+        bias: Tensor | None,
     ) -> Tensor:
         query = norm_rotate(self.to_q(x), self.q_norm.weight, rope, self.heads, self.eps)
         key = norm_rotate(self.to_k(source), self.k_norm.weight, context_rope, self.heads, self.eps)
@@ -77,16 +85,26 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
 
 
+class Up(nn.Module):
+    """First half of a feed-forward; the published keys are net.0.proj and net.2."""
+
+    def __init__(self, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 4 * width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.proj(x), approximate="tanh")
+
+
 class FeedForward(nn.Module):
     """W2 gelu_tanh(W1 x), four times as wide inside."""
 
     def __init__(self, width: int, *, bias: bool) -> None:
         super().__init__()
-        up = nn.ModuleDict({"proj": nn.Linear(width, 4 * width, bias=bias)})  # the published keys are net.0.proj, net.2
-        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(4 * width, width, bias=bias)])
+        self.net = nn.ModuleList([Up(width, bias=bias), nn.Identity(), nn.Linear(4 * width, width, bias=bias)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](nn.functional.gelu(self.net[0]["proj"](x), approximate="tanh"))
+        return self.net[2](self.net[0](x))
 
 
 def text_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -52,7 +52,6 @@ class _Rows:
         return self.table[row].to(self.modulation.dtype) + self.modulation[:, :, row]
 
 
-
 class TransformerBlock(nn.Module):
     """Both streams' layers of one block. A stream that the model is built without has none of them."""
 
@@ -69,10 +68,10 @@ class TransformerBlock(nn.Module):
             self._add_exchange(config)
 
     def _add_stream(self, prefix: str, width: int, context: int, config: TransformerConfig, *, bias: bool) -> None:
-        heads, kind = config.num_attention_heads, {"gated": config.apply_gated_attention, "eps": config.norm_eps}
+        heads, gated, eps = config.num_attention_heads, config.apply_gated_attention, config.norm_eps
         layers: dict[str, nn.Module] = {
-            "attn1": Attention(width, width, width, heads, **kind),
-            "attn2": Attention(width, context, width, heads, **kind),
+            "attn1": Attention(width, width, width, heads, gated=gated, eps=eps),
+            "attn2": Attention(width, context, width, heads, gated=gated, eps=eps),
             "ff": FeedForward(width, bias=bias),
         }
         for name, layer in layers.items():
@@ -103,7 +102,8 @@ class TransformerBlock(nn.Module):
         if audio is not None and audio_inputs is not None and audio_inputs.enabled:
             audio = self._attend("audio_", audio, audio_inputs, keeps.audio_self)
         if video is not None and audio is not None:
-            assert video_inputs is not None and audio_inputs is not None
+            assert video_inputs is not None
+            assert audio_inputs is not None
             video, audio = self._exchange(video, audio, video_inputs, audio_inputs, keeps)
         if video is not None and video_inputs is not None and video_inputs.enabled:
             video = self._feed_forward("", video, video_inputs)
@@ -121,7 +121,9 @@ class TransformerBlock(nn.Module):
         x = gated_add(x, h, rows[2], runs)
         attend_text = getattr(self, prefix + "attn2")
         if not self.text_modulated:
-            return x + attend_text(nn.functional.rms_norm(x, x.shape[-1:], eps=eps), inputs.context, bias=inputs.context_bias)
+            return x + attend_text(
+                nn.functional.rms_norm(x, x.shape[-1:], eps=eps), inputs.context, bias=inputs.context_bias
+            )
         h = rms_modulate(x, rows[7], rows[6], runs, eps)
         h = attend_text(h, self._modulated_context(prefix, inputs), bias=inputs.context_bias)
         return gated_add(x, h, rows[8], runs)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx2_train.errors import ConfigError
-from ltx2_train.model.config import TransformerConfig, named_config
+from ltx2_train.model.config import RELEASED_TEXT_TOKENS, TEXT_TOKENS, TransformerConfig, named_config
 from ltx2_train.model.connector import Connectors, TextConditioned
 from ltx2_train.model.init import initial_tensor
+from ltx2_train.model.modality import Stream
 from ltx2_train.model.transformer import Transformer
 from ltx2_train.model.weights import PREFIX, check_shapes, read_config
-
-
-class Stream(StrEnum):
-    VIDEO = "video"
-    AUDIO = "audio"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,12 +28,13 @@ class ModelConfig:
     """Fields of `TransformerConfig` that differ from the named configuration."""
     weights: str | None = None
     """An official-format safetensors file to start from; its header decides the architecture. None: from scratch."""
-    streams: list[Stream] = field(default_factory=lambda: [Stream.VIDEO, Stream.AUDIO])
+    streams: list[Stream] = field(default_factory=lambda: [Stream.video, Stream.audio])
     """Which streams the model is built with."""
     train_connectors: bool = True
     """Whether the text connectors are trained with the transformer, or frozen."""
     text_tokens: int | None = None
-    """Rows of text context behind the connectors; 1024 for released weights, None for the fewest that hold a caption."""
+    """Rows of text context behind the connectors, a multiple of its registers; None: what belongs to the configuration
+    (1024 for released architectures). Captions with more text tokens are an error."""
 
     def __post_init__(self) -> None:
         self.streams = [Stream(s) for s in self.streams]
@@ -58,12 +54,18 @@ def transformer_config(config: ModelConfig) -> TransformerConfig:
 def build_model(config: ModelConfig) -> TextConditioned:
     """The model with memory for its weights on the current default device, not yet initialised."""
     architecture = transformer_config(config)
-    streams = {"video": Stream.VIDEO in config.streams, "audio": Stream.AUDIO in config.streams}
+    streams = {"video": Stream.video in config.streams, "audio": Stream.audio in config.streams}
     model = TextConditioned(
-        Transformer(architecture, **streams), Connectors(architecture, **streams), text_tokens=config.text_tokens
+        Transformer(architecture, **streams), Connectors(architecture, **streams), _text_tokens(config)
     )
     model.connectors.requires_grad_(config.train_connectors)
     return model
+
+
+def _text_tokens(config: ModelConfig) -> int:
+    if config.text_tokens is not None:
+        return config.text_tokens
+    return RELEASED_TEXT_TOKENS if config.weights is not None else TEXT_TOKENS.get(config.name, RELEASED_TEXT_TOKENS)
 
 
 def initial_weights(model: nn.Module, config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

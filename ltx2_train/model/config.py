@@ -166,7 +166,9 @@ class TransformerConfig:
             if header.get(name) != value
         ]
         known = {f.name for f in fields(cls)}
-        wrong += [f"{name}={header[name]!r} (unknown)" for name in header.keys() - known - FIXED_FIELDS.keys() - UNREAD_FIELDS]
+        wrong += [
+            f"{name}={header[name]!r} (unknown)" for name in header.keys() - known - FIXED_FIELDS.keys() - UNREAD_FIELDS
+        ]
         if "audio_num_attention_heads" not in header:
             wrong.append("audio_num_attention_heads is missing")
         if wrong:
@@ -179,7 +181,10 @@ class TransformerConfig:
     def to_header(self) -> dict[str, Any]:
         """`config.transformer` as a released checkpoint carries it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**FIXED_FIELDS, **{n: str(v) if isinstance(v, RopeType) else v for n, v in values.items() if v is not None}}
+        return {
+            **FIXED_FIELDS,
+            **{n: str(v) if isinstance(v, RopeType) else v for n, v in values.items() if v is not None},
+        }
 
 
 _RELEASED: dict[str, Any] = {
@@ -222,12 +227,14 @@ def _small(heads: int, video: int, audio: int, layers: int, connector_layers: in
     }
 
 
+RELEASED_TEXT_TOKENS = 1024
+TEXT_TOKENS = {"tiny": 16, "demo": 32, "small_30m": 64}  # rows of context; released models have 1024
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ltx2_19b": _RELEASED,
     "ltx2_3_22b": _2_3,
     "ltx2_5_22b": _2_5,
     "tiny": _small(heads=2, video=20, audio=10, layers=2, connector_layers=1, registers=8),
-    "demo": _small(heads=4, video=48, audio=32, layers=4, connector_layers=1, registers=16),
+    "demo": _small(heads=4, video=48, audio=32, layers=4, connector_layers=1, registers=32),
     "small_30m": _small(heads=8, video=48, audio=32, layers=6, connector_layers=1, registers=16),
 }
 

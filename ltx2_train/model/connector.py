@@ -37,8 +37,9 @@ class Connector(nn.Module):
         super().__init__()
         self.eps, self.heads = config.norm_eps, heads
         self.learnable_registers = nn.Parameter(torch.zeros(config.connector_num_learnable_registers, width))
-        kind = {"gated": config.connector_apply_gated_attention, "ff_bias": config.connector_ff_bias, "eps": self.eps}
-        self.transformer_1d_blocks = nn.ModuleList([ConnectorBlock(width, heads, **kind) for _ in range(layers)])
+        gated, ff_bias = config.connector_apply_gated_attention, config.connector_ff_bias
+        blocks = [ConnectorBlock(width, heads, gated=gated, ff_bias=ff_bias, eps=self.eps) for _ in range(layers)]
+        self.transformer_1d_blocks = nn.ModuleList(blocks)
         max_pos = tuple(config.connector_positional_embedding_max_pos)
         double = config.frequencies_precision == "float64"
         theta = config.positional_embedding_theta
@@ -96,14 +97,20 @@ class Connectors(nn.Module):
         length, registers = reference.shape[1], self.num_registers
         size = -(-length // registers) * registers if size is None else size
         if size < length or size % registers:
-            raise ConfigError(f"context of {size} text tokens: need a multiple of {registers} registers, at least {length}")
+            raise ConfigError(
+                f"context of {size} text tokens: need a multiple of {registers} registers, at least {length}"
+            )
         if mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.bool, device=reference.device)
         order = mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None]
         lengths = mask.bool().sum(1)
         return (
-            self.video_embeddings_connector(video.take_along_dim(order, 1), lengths, size) if video is not None else None,
-            self.audio_embeddings_connector(audio.take_along_dim(order, 1), lengths, size) if audio is not None else None,
+            self.video_embeddings_connector(video.take_along_dim(order, 1), lengths, size)
+            if video is not None
+            else None,
+            self.audio_embeddings_connector(audio.take_along_dim(order, 1), lengths, size)
+            if audio is not None
+            else None,
         )
 
 
@@ -113,12 +120,13 @@ class TextConditioned(nn.Module):
     This is what an engine shards. Frozen connectors run without recording gradients.
     """
 
-    def __init__(self, transformer: Transformer, connectors: Connectors, text_tokens: int | None = None) -> None:
+    def __init__(self, transformer: Transformer, connectors: Connectors, text_tokens: int) -> None:
+        """`text_tokens`: rows of context behind the connectors. Fixed, so that a sample does not depend on the length of
+        its batch-mates' captions; 1024 for released weights."""
         super().__init__()
         self.transformer = transformer
         self.connectors = connectors
         self.text_tokens = text_tokens
-        """Rows of context behind the connectors: 1024 for released weights; None: the fewest that hold the text."""
 
     @property
     def config(self) -> TransformerConfig:
@@ -126,8 +134,8 @@ class TextConditioned(nn.Module):
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that a sharding engine gathers one at a time."""
-        connectors = [self.connectors.get_submodule(name) for name, _ in self.connectors.named_children()]
-        return [block for c in connectors for block in c.transformer_1d_blocks] + self.transformer.shard_units()
+        blocks: list[nn.Module] = [m for m in self.connectors.modules() if isinstance(m, ConnectorBlock)]
+        return blocks + self.transformer.shard_units()
 
     def forward(
         self,
@@ -138,15 +146,16 @@ class TextConditioned(nn.Module):
         """As `Transformer.forward`; each `context` is (B, L, W) text features with `context_mask` (B, L), 1 = valid."""
         trained = any(p.requires_grad for p in self.connectors.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            contexts = self._contexts(video, audio)
-        video, audio = (
-            None if m is None else replace(m, context=c, context_mask=None)
-            for m, c in zip((video, audio), contexts, strict=True)
-        )
-        return self.transformer(video, audio, perturbations)
+            video_context, audio_context = self._contexts(video, audio)
+        return self.transformer(_with(video, video_context), _with(audio, audio_context), perturbations)
 
     def _contexts(self, video: Modality | None, audio: Modality | None) -> tuple[Tensor | None, Tensor | None]:
         given = video if video is not None else audio
         assert given is not None, "the model needs at least one stream"
         video_text, audio_text = (None if m is None else m.context for m in (video, audio))
         return self.connectors(video_text, audio_text, given.context_mask, self.text_tokens)
+
+
+def _with(modality: Modality | None, context: Tensor | None) -> Modality | None:
+    """The modality with its context behind the connector, which needs no mask."""
+    return None if modality is None or context is None else replace(modality, context=context, context_mask=None)

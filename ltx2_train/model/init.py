@@ -22,7 +22,9 @@ from ltx2_train.rng import generator
 
 RESIDUAL_SCALE = 0.2
 SMALL = 0.02
-_ZERO = re.compile(r"(^|\.)(audio_)?proj_out\.|adaln_single\.linear\.|gate_adaln_single\.linear\.|to_gate_logits\.|\.bias$|lora_B")
+_ZERO = re.compile(
+    r"(^|\.)(audio_)?proj_out\.|adaln_single\.linear\.|gate_adaln_single\.linear\.|to_gate_logits\.|\.bias$|lora_B"
+)
 _ONE = re.compile(r"[qk]_norm\.weight$")
 _RESIDUAL = re.compile(r"(to_out\.0|net\.2)\.weight$")
 _SMALL = re.compile(r"learnable_registers$|keyframes_abs_pos_embedding$")

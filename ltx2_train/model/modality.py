@@ -1,9 +1,18 @@
 """What one hands the transformer, and what it gives back. Runtime values: frozen, no behaviour."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Stream(StrEnum):
+    """The two streams."""
+
+    video = "video"
+    audio = "audio"
+
 
 SKIP_VIDEO_SELF_ATTN = "SKIP_VIDEO_SELF_ATTN"
 SKIP_AUDIO_SELF_ATTN = "SKIP_AUDIO_SELF_ATTN"

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from ltx2_train.errors import ConfigError
 from ltx2_train.model.adaln import AdaLayerNormSingle
 from ltx2_train.model.attention import Keep, Skip, self_attention_bias, text_bias
 from ltx2_train.model.block import BlockKeeps, StreamInputs, TransformerBlock
@@ -99,7 +100,8 @@ class Transformer(nn.Module):
         for block, block_keeps in zip(self.transformer_blocks, keeps, strict=True):
             video_x, audio_x = block(video_x, audio_x, video_inputs, audio_inputs, block_keeps)
         return Velocity(
-            self._head("", video_x, video_embedding, video_inputs), self._head("audio_", audio_x, audio_embedding, audio_inputs)
+            self._head("", video_x, video_embedding, video_inputs),
+            self._head("audio_", audio_x, audio_embedding, audio_inputs),
         )
 
     def _prepare(
@@ -135,10 +137,10 @@ class Transformer(nn.Module):
     def _check(self, prefix: str, own: Modality) -> None:
         name = prefix.rstrip("_") or "video"
         if not hasattr(self, prefix + "patchify_proj"):
-            raise ValueError(f"{name} was given to a model built without its {name} stream")
+            raise ConfigError(f"{name} was given to a model built without its {name} stream")
         tokens = own.latent.shape[1]
         if own.positions.shape[-2] != tokens:
-            raise ValueError(f"{name}: {own.positions.shape[-2]} positions for {tokens} tokens")
+            raise ConfigError(f"{name}: {own.positions.shape[-2]} positions for {tokens} tokens")
 
     def _embed(self, prefix: str, own: Modality) -> Tensor:
         project = getattr(self, prefix + "patchify_proj")
@@ -181,7 +183,9 @@ class Transformer(nn.Module):
         theta, heads = config.positional_embedding_theta, config.num_attention_heads
         return RopeSpec(axes, width, heads, max_pos, theta, double, config.rope_type)
 
-    def _head(self, prefix: str, x: Tensor | None, embedding: Tensor | None, inputs: StreamInputs | None) -> Tensor | None:
+    def _head(
+        self, prefix: str, x: Tensor | None, embedding: Tensor | None, inputs: StreamInputs | None
+    ) -> Tensor | None:
         """LayerNorm (unlike the blocks' RMS norms), modulated by (shift, scale), projected to channels."""
         if x is None or embedding is None or inputs is None:
             return None
@@ -195,7 +199,8 @@ class Transformer(nn.Module):
         if not perturbations or not any(perturbations):
             return [BlockKeeps()] * layers
         frozen = tuple(
-            tuple((kind, None if blocks is None else tuple(blocks)) for kind, blocks in sample) for sample in perturbations
+            tuple((kind, None if blocks is None else tuple(blocks)) for kind, blocks in sample)
+            for sample in perturbations
         )
         return _block_keeps(frozen, layers, like.device, torch.is_grad_enabled())
 
@@ -214,7 +219,9 @@ def _block_keeps(perturbations: tuple, layers: int, device: torch.device, always
     for sample, items in enumerate(perturbations):
         for kind, blocks in items:
             if kind not in KINDS:
-                raise ValueError(f"perturbation {kind!r} is unknown; known: {', '.join(KINDS)}")
+                raise ConfigError(f"perturbation {kind!r} is unknown; known: {', '.join(KINDS)}")
+            if blocks is not None and not all(0 <= b < layers for b in blocks):
+                raise ConfigError(f"{kind} in blocks {list(blocks)}: this model has blocks 0 to {layers - 1}")
             keep[KINDS.index(kind), slice(None) if blocks is None else list(blocks), sample] = 0
     on_device = keep.to(device)[..., None, None]
 

@@ -17,7 +17,9 @@ PREFIX = "model.diffusion_model."
 CONNECTOR_NAMES = ("video_embeddings_connector.", "audio_embeddings_connector.")
 
 
-def load_transformer(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+def load_transformer(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
     """The transformer of an official-format safetensors file, its architecture read from the header.
 
     `dtype` None keeps what is on disk. Raises `CheckpointError` for a file that is not safetensors, has no `config`, or

@@ -40,7 +40,7 @@ def tiny_model(variant: str, **streams: bool) -> Transformer:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """w = sin(0.1 i + 1.7 (j + 1)) for flat element i >= 1 of the j-th key in sorted order; norms 1 + 0.1 w, others 0.2 w."""
+    """w = sin(0.1 i + 1.7 (j + 1)), flat element i >= 1 of the j-th key in sorted order; norms 1 + 0.1 w, others 0.2 w."""
     for j, (name, parameter) in enumerate(sorted(model.state_dict().items())):
         i = torch.arange(1, parameter.numel() + 1, dtype=torch.float64)
         w = torch.sin(0.1 * i + 1.7 * (j + 1)).view(parameter.shape)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from ltx2_train.model import Transformer, named_config
+from ltx2_train.model import ModelConfig, TextConditioned, Transformer, build_model, named_config
 from ltx2_train.model.weights import CONNECTOR_NAMES
-from ltx2_train.model import TextConditioned, ModelConfig, build_model
 from tests.golden.transformer_cases import CASES, VARIANTS, goldens, inputs, tiny_model
 
 
@@ -64,7 +63,9 @@ def test_single_stream_counts_are_the_published_ones(name: str, video: int, audi
     assert sizes == [video, audio]
 
 
-@pytest.mark.parametrize(("name", "tensors", "parameters"), [("ltx2_19b", 58, 708_940_800), ("ltx2_3_22b", 258, 2_016_166_400)])
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"), [("ltx2_19b", 58, 708_940_800), ("ltx2_3_22b", 258, 2_016_166_400)]
+)
 def test_connector_counts_are_the_published_ones(name: str, tensors: int, parameters: int):
     with torch.device("meta"):
         model = build_model(ModelConfig(name=name))

@@ -1,0 +1,167 @@
+"""Where training sigmas are drawn, and the descending sigmas of sampling."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ltx2_train.diffusion.choice import chosen
+from ltx2_train.errors import ConfigError
+
+# The line through (1024 tokens, 0.95) and (4096 tokens, 2.05). It is not clamped on either side.
+BASE_TOKENS, BASE_SHIFT = 1024, 0.95
+MAX_TOKENS, MAX_SHIFT = 4096, 2.05
+
+# Quantiles of the standard normal that the stretched law maps to sigma 0 and 1.
+LOW_QUANTILE = -2.5758  # 0.5 %
+HIGH_QUANTILE = 3.0902  # 99.9 %
+
+DISTILLED = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+DISTILLED_REFINE = (0.909375, 0.725, 0.421875, 0.0)  # second stage, after latent upsampling
+
+
+def training_shift(tokens: int) -> float:
+    """The shift mu of a stream with `tokens` tokens: more tokens need more noise to hide the same structure.
+
+    Source: Esser et al. 2024 (arXiv:2403.03206), section 5.3.2, in the linear form of the LTX models.
+    """
+    return BASE_SHIFT + (MAX_SHIFT - BASE_SHIFT) * (tokens - BASE_TOKENS) / (MAX_TOKENS - BASE_TOKENS)
+
+
+class SigmaDistribution(Protocol):
+    """Where the sigma of a training sample comes from."""
+
+    def from_draws(self, tokens: int, normal: Tensor, uniform: Tensor, choice: Tensor) -> Tensor:
+        """Sigmas of the shape of the draws: one standard normal and two uniform numbers in [0, 1) for each."""
+
+    def sample(self, n: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n,) fp32 sigmas in [0, 1] on the generator's device."""
+
+
+def _draws(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    device = generator.device if generator is not None else "cpu"
+    normal = torch.randn(n, generator=generator, device=device)
+    uniform, choice = torch.rand(2, n, generator=generator, device=device)
+    return normal, uniform, choice
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftedLogitNormal:
+    """Logit-normal about the training shift, stretched so that its outer quantiles reach 0 and 1, mixed with uniform.
+
+    Source: logit-normal sampling of Esser et al. 2024 (arXiv:2403.03206), eq. 19.
+    """
+
+    std: float = 1.0
+    eps: float = 1e-3  # smallest sigma: what falls below is reflected
+    uniform_probability: float = 0.1
+
+    def from_draws(self, tokens: int, normal: Tensor, uniform: Tensor, choice: Tensor) -> Tensor:
+        mu = training_shift(tokens)
+        low, high = (1 / (1 + math.exp(-(mu + q * self.std))) for q in (LOW_QUANTILE, HIGH_QUANTILE))
+        stretched = (torch.sigmoid(mu + self.std * normal) - low) / (high - low)
+        reflected = torch.where(stretched >= self.eps, stretched, 2 * self.eps - stretched).clamp(0, 1)
+        return torch.where(choice < self.uniform_probability, self.eps + (1 - self.eps) * uniform, reflected)
+
+    def sample(self, n: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.from_draws(tokens, *_draws(n, generator))
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Uniform in [low, high), whatever the number of tokens."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def from_draws(self, tokens: int, normal: Tensor, uniform: Tensor, choice: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * uniform
+
+    def sample(self, n: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.from_draws(tokens, *_draws(n, generator))
+
+
+class SigmaLaw(StrEnum):
+    """Names of the sigma distributions."""
+
+    shifted_logit_normal = "shifted_logit_normal"
+    uniform = "uniform"
+
+
+@dataclass(kw_only=True, slots=True)
+class SigmaConfig:
+    """Where training sigmas are drawn."""
+
+    law: SigmaLaw = SigmaLaw.shifted_logit_normal
+    """Distribution of sigma."""
+    std: float = 1.0
+    """Standard deviation before the logistic function (shifted_logit_normal)."""
+    eps: float = 1e-3
+    """Smallest sigma drawn (shifted_logit_normal)."""
+    uniform_probability: float = 0.1
+    """Share of the draws that are uniform instead (shifted_logit_normal)."""
+    low: float = 0.0
+    """Lower end (uniform)."""
+    high: float = 1.0
+    """Upper end (uniform)."""
+
+    def __post_init__(self) -> None:
+        self.law = chosen(SigmaLaw, self.law, "sigma.law")
+        if not self.std > 0:
+            raise ConfigError(f"sigma.std={self.std}: must be > 0")
+        if not 0 <= self.eps < 0.5:
+            raise ConfigError(f"sigma.eps={self.eps}: must be in [0, 0.5)")
+        if not 0 <= self.uniform_probability <= 1:
+            raise ConfigError(f"sigma.uniform_probability={self.uniform_probability}: must be in [0, 1]")
+        if not 0 <= self.low < self.high <= 1:
+            raise ConfigError(f"sigma.low={self.low}, sigma.high={self.high}: need 0 <= low < high <= 1")
+
+    def build(self) -> SigmaDistribution:
+        if self.law is SigmaLaw.uniform:
+            return Uniform(self.low, self.high)
+        return ShiftedLogitNormal(self.std, self.eps, self.uniform_probability)
+
+
+def shifted_schedule(steps: int, tokens: int = MAX_TOKENS) -> Tensor:
+    """(steps + 1,) fp32 from 1 down to 0: equal steps, moved towards noise by the training shift of `tokens`."""
+    sigmas = torch.linspace(1, 0, _checked(steps) + 1)
+    odds = math.exp(training_shift(tokens)) * sigmas
+    return odds / (odds + (1 - sigmas))
+
+
+def ltx2_schedule(steps: int, tokens: int = MAX_TOKENS, *, terminal: float = 0.1) -> Tensor:
+    """The shifted schedule, stretched so that the last sigma before 0 is `terminal`. (steps + 1,) fp32.
+
+    The released pipelines leave `tokens` at 4096 whatever the size of the clip. One step has nothing to stretch.
+    """
+    sigmas = shifted_schedule(steps, tokens)
+    if steps > 1:
+        distance = 1 - sigmas[:-1]
+        sigmas[:-1] = 1 - distance * ((1 - terminal) / distance[-1])
+    return sigmas
+
+
+def linear_quadratic_schedule(steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> Tensor:
+    """Small equal steps down to 1 - `threshold`, then quadratically growing ones to 0. (steps + 1,) fp32.
+
+    Source: Polyak et al. 2024, "Movie Gen" (arXiv:2410.13720), section 3.4.2.
+    """
+    if _checked(steps) == 1:
+        return torch.tensor([1.0, 0.0])
+    linear = steps // 2 if linear_steps is None else linear_steps
+    rest = steps - linear
+    defect = linear - threshold * steps
+    a = defect / (linear * rest**2)
+    b = threshold / linear - 2 * defect / rest**2
+    progress = [i * threshold / linear for i in range(linear)]
+    progress += [a * i * i + b * i + a * linear**2 for i in range(linear, steps)]
+    return 1 - torch.tensor([*progress, 1.0])
+
+
+def _checked(steps: int) -> int:
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: a schedule needs at least 1")
+    return steps
