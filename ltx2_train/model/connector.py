@@ -98,7 +98,8 @@ class Connectors(nn.Module):
         size = -(-length // registers) * registers if size is None else size
         if size < length or size % registers:
             raise ConfigError(
-                f"context of {size} text tokens: need a multiple of {registers} registers, at least {length}"
+                f"model.text_tokens={size}: the captions have {length} text tokens and there are {registers} registers; "
+                f"give a multiple of {registers} that holds {length}"
             )
         if mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.bool, device=reference.device)

@@ -11,7 +11,7 @@ MAX_RUNS = 16  # beyond this many pieces, one modulation row per token is the be
 
 
 class RunsCache:
-    """Runs by the identity of the `timestep_index` they were read from: one look at its values per geometry, not per step."""
+    """Runs by the identity of the `timestep_index` they were read from: one look at its values per geometry."""
 
     def __init__(self) -> None:
         self._runs: dict[int, tuple[weakref.ref[Tensor], int, Runs | None]] = {}

@@ -1,0 +1,170 @@
+"""Are sound and picture in step? Impacts seen, onsets heard, matched one to one, and what chance would give.
+
+Made for clips in which one bright or coloured thing falls and bounces before a still background.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ltx2_train.codecs.mel import LogMel
+from ltx2_train.errors import DataError
+
+CONTRAST = 0.25  # of the range [-1, 1], against the median of the pixel's row over time
+MIN_AREA = 0.004  # of the frame; a frame with less of the thing does not place it
+LOWER_PART = 0.55  # an impact lies below this share of the height
+PROMINENCE = 3 / 64  # of the height: how far the thing must rise again
+
+MEL_FLOOR = 1e-2  # as the embedded codec
+RISE_FRAMES = 2
+MIN_RISE = 0.15  # nats, mean over the bins
+RELATIVE_RISE = 0.3  # of the clip's largest
+ONSET_DISTANCE = 12  # mel frames
+ONSET_DELAY = 0.007  # s; a window of 64 ms sees a click before its centre reaches it (measured on clips of known times)
+
+TOLERANCE = 0.08  # s
+CHANCE_SHIFTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """Agreement of impacts and onsets over a set of clips, micro-averaged. Times in seconds."""
+
+    tolerance: float
+    num_clips: int
+    num_impacts: int
+    num_onsets: int
+    num_matched: int
+    f1: float
+    chance: float | None  # F1 of the same sets with the sound of other clips; None for a single clip
+    mean_error: float | None  # mean absolute difference of matched pairs; None without any
+    offset: float | None  # median of onset - impact over matched pairs; None without any
+
+
+def impacts(video: Tensor, fps: float) -> list[float]:
+    """Times (s) at which the thing in `video` (3, F, H, W) in [-1, 1] turns from falling to rising.
+
+    A peak of its height curve within its flanks; the exact time is where two lines through the flanks meet.
+    """
+    from scipy.signal import find_peaks
+
+    rows = _centroid_rows(video)
+    height, usable = video.shape[2], np.isfinite(rows)
+    if usable.sum() < 5:
+        return []
+    frames = np.arange(len(rows))
+    filled = np.interp(frames, frames[usable], rows[usable])
+    peaks, _ = find_peaks(filled, height=LOWER_PART * height, prominence=PROMINENCE * height)
+    return [_vertex(filled, int(peak)) / fps for peak in peaks]
+
+
+def _centroid_rows(video: Tensor) -> NDArray[np.float64]:
+    """Mean row of what stands out from the background, per frame; NaN where too little does."""
+    pixels = video.detach().float().cpu().clamp(-1, 1)
+    background = pixels.movedim(2, 1).flatten(2).median(dim=2).values[:, None, :, None]
+    excess = (pixels - background).abs().amax(dim=0) - CONTRAST
+    weights = excess.clamp(min=0).sum(dim=2).double()
+    area = (excess > 0).float().mean(dim=(1, 2))
+    centres = torch.arange(video.shape[2], dtype=torch.float64) + 0.5
+    rows = (weights * centres).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+    return torch.where(area >= MIN_AREA, rows, torch.nan).numpy()
+
+
+def _vertex(rows: NDArray[np.float64], peak: int) -> float:
+    """Where the line through two frames before the peak meets that through two behind it, within a frame of it."""
+    before, after = peak - 1, peak + 1
+    if before < 1 or after > len(rows) - 2:
+        return float(peak)
+    falling, rising = rows[before] - rows[before - 1], rows[after + 1] - rows[after]
+    if falling - rising < 1e-6:
+        return float(peak)
+    meeting = (rows[after] - rising * after - rows[before] + falling * before) / (falling - rising)
+    return float(np.clip(meeting, peak - 1, peak + 1))
+
+
+def onsets(mel: Tensor, front: LogMel | None = None) -> list[float]:
+    """Times (s) at which sound sets in, from log-mel (2, T, M) of `front` (the embedded codec's by default)."""
+    from scipy.signal import find_peaks
+
+    front = front or LogMel(floor=MEL_FLOOR)
+    values = mel.detach().double().cpu().clamp(min=float(np.log(MEL_FLOOR))).amax(dim=0)
+    if len(values) <= RISE_FRAMES:
+        return []
+    rise = np.zeros(len(values))
+    rise[RISE_FRAMES:] = (values[RISE_FRAMES:] - values[:-RISE_FRAMES]).clamp(min=0).mean(dim=1).numpy()
+    peaks, _ = find_peaks(rise, height=max(MIN_RISE, RELATIVE_RISE * rise.max()), distance=ONSET_DISTANCE)
+    return [peak * front.hop / front.sample_rate + ONSET_DELAY for peak in peaks]
+
+
+def waveform_onsets(waveform: Tensor, sample_rate: int) -> list[float]:
+    """Times (s) at which sound sets in, from a waveform (2, N)."""
+    return onsets(LogMel(floor=MEL_FLOOR)(waveform, sample_rate))
+
+
+def match(first: Sequence[float], second: Sequence[float], tolerance: float) -> list[float]:
+    """Differences second - first of pairs within `tolerance` s, nearest pairs first, every time used once."""
+    pairs = sorted(
+        (abs(b - a), i, j) for i, a in enumerate(first) for j, b in enumerate(second) if abs(b - a) <= tolerance
+    )
+    used_first: set[int] = set()
+    used_second: set[int] = set()
+    differences = []
+    for _, i, j in pairs:
+        if i not in used_first and j not in used_second:
+            used_first.add(i)
+            used_second.add(j)
+            differences.append(second[j] - first[i])
+    return differences
+
+
+def f1_score(seen: Sequence[Sequence[float]], heard: Sequence[Sequence[float]], tolerance: float = TOLERANCE) -> float:
+    """F1 of one-to-one matches within `tolerance` s, micro-averaged over clips; 0 when there are no events at all."""
+    matched = sum(len(match(a, b, tolerance)) for a, b in zip(seen, heard, strict=True))
+    return _f1(matched, sum(map(len, seen)), sum(map(len, heard)))
+
+
+def _f1(matched: int, num_seen: int, num_heard: int) -> float:
+    return 2 * matched / (num_seen + num_heard) if num_seen + num_heard else 0.0
+
+
+def chance_f1(
+    seen: Sequence[Sequence[float]],
+    heard: Sequence[Sequence[float]],
+    tolerance: float = TOLERANCE,
+    shifts: int = CHANCE_SHIFTS,
+) -> float | None:
+    """Mean F1 with the sound of another clip: the list of sounds rotated by 1, 2, ... clips. None for a single clip."""
+    usable = range(1, min(shifts, len(heard) - 1) + 1)
+    if not usable:
+        return None
+    return float(np.mean([f1_score(seen, [*heard[k:], *heard[:k]], tolerance) for k in usable]))
+
+
+def compare(
+    seen: Sequence[Sequence[float]], heard: Sequence[Sequence[float]], tolerance: float = TOLERANCE
+) -> SyncResult:
+    """Agreement of impact and onset times (s), one list per clip each. Raises `DataError` for unequal numbers."""
+    if len(seen) != len(heard):
+        raise DataError(f"{len(seen)} clips seen and {len(heard)} heard; need the same clips in the same order")
+    differences = [d for a, b in zip(seen, heard, strict=True) for d in match(a, b, tolerance)]
+    num_seen, num_heard = sum(map(len, seen)), sum(map(len, heard))
+    return SyncResult(
+        tolerance=tolerance,
+        num_clips=len(seen),
+        num_impacts=num_seen,
+        num_onsets=num_heard,
+        num_matched=len(differences),
+        f1=_f1(len(differences), num_seen, num_heard),
+        chance=chance_f1(seen, heard, tolerance),
+        mean_error=float(np.mean(np.abs(differences))) if differences else None,
+        offset=float(np.median(differences)) if differences else None,
+    )
+
+
+def sync(videos: Iterable[Tensor], mels: Iterable[Tensor], fps: float, tolerance: float = TOLERANCE) -> SyncResult:
+    """Agreement of picture and sound: videos (3, F, H, W) in [-1, 1], log-mels (2, T, M) of the embedded codec."""
+    return compare([impacts(video, fps) for video in videos], [onsets(mel) for mel in mels], tolerance)

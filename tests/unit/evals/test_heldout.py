@@ -1,0 +1,145 @@
+"""Held-out loss: fixed clips, noise and sigmas, the same numbers however the work is shared."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ltx2_train.data.datasets import open_dataset
+from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
+from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.evals.heldout import (
+    Estimate,
+    Heldout,
+    HeldoutConfig,
+    by_bucket,
+    heldout_evaluator,
+    heldout_path,
+    paired_change,
+    spread,
+)
+from ltx2_train.model.modality import Velocity
+from ltx2_train.record import Bucket
+from ltx2_train.testing.shards import random_sample, write_latent_dataset
+from ltx2_train.testing.threads import on_ranks
+
+SOUND, SILENT = Bucket(2, 1, 1, 3), Bucket(2, 1, 1, 0)
+
+
+class LinearModel:
+    """Velocity = factor * latent; counts how often it is asked."""
+
+    def __init__(self, factor: float = 0.5):
+        self.factor, self.calls = factor, 0
+
+    def __call__(self, video, audio, perturbations=None):
+        self.calls += 1
+        return Velocity(video.latent * self.factor, audio.latent * self.factor)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    samples = [random_sample(f"clip-{i}", SILENT if i % 4 == 3 else SOUND) for i in range(11)]
+    write_latent_dataset(tmp_path / "data", samples)
+    return open_dataset(tmp_path / "data")
+
+
+def measured(dataset, world, model=None, **settings):
+    objective = Objective(ObjectiveConfig(), None, keyframe_marker=False)
+    config = HeldoutConfig(**{"clips": 11, "batch_size": 2, "sigmas": [0.2, 0.8]} | settings)
+    return Heldout(dataset, objective, config, world).measure(model or LinearModel())
+
+
+def on_one_rank(dataset, **settings):
+    return on_ranks(1, lambda world: measured(dataset, world, **settings))[0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_same_numbers(dataset, size):
+    alone = on_one_rank(dataset).to_dict()
+    for shared in on_ranks(size, lambda world: measured(dataset, world)):
+        assert shared.to_dict() == alone
+
+
+def test_all_ranks_run_the_model_equally_often(dataset):
+    models = [LinearModel() for _ in range(4)]
+    on_ranks(4, lambda world: measured(dataset, world, models[world.rank]))
+    assert len({model.calls for model in models}) == 1
+
+
+def test_a_clip_is_noised_alike_whatever_stands_beside_it(dataset):
+    alone, together = on_one_rank(dataset, batch_size=1), on_one_rank(dataset, batch_size=8)
+    torch.testing.assert_close(alone.video, together.video, equal_nan=True)
+
+
+def test_another_seed_is_another_noise(dataset):
+    assert on_one_rank(dataset).to_dict() != on_one_rank(dataset, seed=1).to_dict()
+
+
+def test_a_clip_without_sound_has_no_audio_loss(dataset):
+    losses = on_one_rank(dataset)
+    silent = [key in ("clip-3", "clip-7") for key in losses.keys]
+    assert losses.audio.isnan().all(dim=1).tolist() == silent
+    assert not losses.video.isnan().any()
+    assert losses.mean("audio").count == 9
+    assert losses.mean("video").count == 11
+
+
+def test_the_loss_is_that_of_the_stated_sigma(tmp_path):
+    """A model that gives no velocity at all has the loss of noise - clean: 2 for standard normal latents."""
+    write_latent_dataset(tmp_path, [random_sample(f"{i}", Bucket(4, 2, 2, 20)) for i in range(8)])
+    losses = on_one_rank(open_dataset(tmp_path), model=LinearModel(0.0))
+    assert losses.mean("video").mean == pytest.approx(2.0, rel=0.1)
+
+
+def test_better_weights_are_told_from_worse_by_paired_clips(dataset):
+    worse, better = (on_one_rank(dataset, model=LinearModel(f)).to_dict() for f in (0.5, 0.45))
+    change = paired_change(worse, better, "video")
+    assert change is not None
+    assert change.high < 0
+    width = better["video"]["mean"]["high"] - better["video"]["mean"]["low"]
+    assert change.high - change.low < width
+
+
+def test_measurements_of_other_sigmas_are_not_compared(dataset):
+    first, second = on_one_rank(dataset).to_dict(), on_one_rank(dataset, sigmas=[0.5]).to_dict()
+    assert paired_change(first, second, "video") is None
+
+
+def test_the_evaluator_keeps_raw_and_averaged_weights_in_one_file(dataset, tmp_path):
+    def evaluate(world):
+        heldout = Heldout(dataset, Objective(ObjectiveConfig(), None, False), HeldoutConfig(clips=2), world)
+        for weights in ("raw", "ema"):
+            event = heldout_evaluator(heldout, tmp_path, weights=weights)(LinearModel(), 7)
+        return event
+
+    event = on_ranks(1, evaluate)[0]
+    written = json.loads(heldout_path(tmp_path, 7).read_text())
+    assert set(written) == {"step", "raw", "ema"}
+    assert event["loss_video"] == written["ema"]["video"]["mean"]["mean"]
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_more_clips():
+    few, many = Estimate.of(torch.randn(10).abs()), Estimate.of(torch.randn(1000).abs())
+    assert few.low < few.mean < few.high
+    assert many.high - many.low < few.high - few.low
+
+
+def test_one_clip_has_a_mean_and_no_interval():
+    plain = Estimate.of(torch.tensor([1.0, math.nan])).to_dict()
+    assert plain == {"mean": 1.0, "low": None, "high": None, "count": 1}
+
+
+def test_clips_are_spread_over_the_split_and_grouped_by_bucket():
+    assert spread(100, 4, "data") == [0, 25, 50, 75]
+    assert spread(3, 8, "data") == [0, 1, 2]
+    groups = by_bucket(range(5), lambda i: SILENT if i % 2 else SOUND, 2)
+    assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4]]
+
+
+def test_an_empty_split_and_a_bad_sigma_are_named():
+    with pytest.raises(DataError, match="some/split"):
+        spread(0, 4, "some/split")
+    with pytest.raises(ConfigError, match="sigmas"):
+        HeldoutConfig(sigmas=[0.0])

@@ -1,0 +1,112 @@
+import io
+import json
+import logging
+import subprocess
+import sys
+
+from ltx2_train.train.sinks import ConsoleSink, JsonlSink, SinksConfig, numbers, open_sinks
+
+RECORD = {
+    "step": 3,
+    "time": 1.0,
+    "loss_video": 0.51234,
+    "loss_audio": None,
+    "tokens_per_second": 12345.6,
+    "step_seconds": 0.25,
+    "data_seconds": 0.01,
+}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, steps):
+    sink = JsonlSink(path)
+    for step in steps:
+        sink.log({"step": step, "loss": float(step)})
+    sink.close()
+
+
+def test_a_resumed_run_cuts_what_was_logged_after_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3, 4, 5])
+    sink = JsonlSink(path, step=3)
+    sink.log({"step": 4, "loss": 44.0})
+    sink.close()
+    assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 44.0)]
+
+
+def test_a_line_torn_by_a_kill_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2])
+    with path.open("a") as file:
+        file.write('{"step": 2, "loss"')
+    JsonlSink(path, step=2).close()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log(RECORD)
+    assert lines(tmp_path / "metrics.jsonl") == [RECORD]
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log({"step": 1, "grad_norm": float("nan"), "sigma_bins": {"video": [[0, float("inf")]]}})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "grad_norm": None, "sigma_bins": {"video": [[0, None]]}}]
+
+
+def test_where_there_is_no_terminal_each_record_is_one_line(caplog):
+    with caplog.at_level(logging.INFO):
+        sink = ConsoleSink(step=0, max_steps=10, stream=io.StringIO())
+        sink.log(RECORD)
+        sink.log({"step": 3, "time": 1.0, "event": "checkpoint", "path": "run/step-3"})
+    assert "step 3/10  video 0.5123  12,346 tok/s  step 0.25 s, data 0.01 s" in caplog.text
+    assert "checkpoint: path run/step-3" in caplog.text
+
+
+def test_on_a_terminal_the_bar_shows_step_and_losses():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    sink = ConsoleSink(step=2, max_steps=10, stream=stream)
+    sink.log(RECORD)
+    sink.close()
+    assert "3/10" in stream.getvalue()
+    assert "video 0.5123" in stream.getvalue()
+
+
+def test_other_ranks_have_no_sinks(tmp_path):
+    assert open_sinks(SinksConfig(), tmp_path, step=0, max_steps=1, settings={}, is_main=False) == []
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_nested_records_become_flat_numbers():
+    record = {"loss": 1.0, "note": "text", "bins": {"video": [[2, None], [3, 0.5]]}, "gone": None, "nan": float("nan")}
+    assert dict(numbers(record)) == {"loss": 1.0, "bins/video/0/0": 2, "bins/video/1/0": 3, "bins/video/1/1": 0.5}
+
+
+def test_the_tracker_is_imported_only_where_it_is_used():
+    code = "import sys, ltx2_train.train.sinks; print('wandb' in sys.modules, 'tqdm' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
+
+
+def test_an_offline_run_goes_on_under_its_own_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    ids = []
+    for step in (0, 3):
+        sinks = open_sinks(
+            SinksConfig(console=False), tmp_path / "run", step=step, max_steps=6, settings={"optim": {"lr": 0.1}}
+        )
+        ids.append(sinks[1].run.id)
+        for sink in sinks:
+            sink.log(RECORD | {"step": step + 1})
+            sink.log({"event": "heldout", "step": step + 1, "time": 2.0, "loss_video": 0.4})
+            sink.close()
+    assert ids[0] == ids[1] == (tmp_path / "run" / "wandb" / "run_id").read_text()
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2

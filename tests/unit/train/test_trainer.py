@@ -1,0 +1,358 @@
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx2_train.batch import collate, placeholder
+from ltx2_train.data.loader import BadRecords
+from ltx2_train.distributed.engine import StepResult
+from ltx2_train.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from ltx2_train.record import Bucket, TextFeatures
+from ltx2_train.train.checkpoint import Saved
+from ltx2_train.train.ema import Ema, EmaConfig
+from ltx2_train.train.metrics import Metrics
+from ltx2_train.train.state import TrainState, check_same_run, defining_settings
+from ltx2_train.train.trainer import Outcome, TrainConfig, Trainer, spread_non_finite
+
+BUCKET = Bucket(1, 1, 2, 3)
+TEXT = TextFeatures(torch.zeros(2, 4), torch.zeros(2, 4))
+
+
+@dataclass
+class World:
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    def all_sum(self, tensor):
+        return tensor
+
+    def gather_objects(self, value):
+        return [value]
+
+
+@dataclass
+class Engine:
+    """One weight, plain gradient descent; remembers what it was told."""
+
+    weight: torch.Tensor = field(default_factory=lambda: torch.tensor(1.0, requires_grad=True))
+    lasts: list = field(default_factory=list)
+    rates: list = field(default_factory=list)
+
+    def model(self, x):
+        return self.weight * x
+
+    def backward(self, loss, *, last):
+        loss.backward()
+        self.lasts.append(last)
+
+    def step(self, *, lr):
+        gradient, self.weight.grad = self.weight.grad.clone(), None
+        applied = bool(torch.isfinite(gradient))
+        if applied:
+            self.weight.data -= lr * gradient
+        self.rates.append(lr)
+        return StepResult(norm=float(gradient.abs()), applied=applied)
+
+    def shards(self):
+        return [("weight", self.weight.detach())]
+
+    @contextlib.contextmanager
+    def swapped(self, shards):
+        kept = self.weight.data.clone()
+        self.weight.data.copy_(shards["weight"])
+        yield
+        self.weight.data.copy_(kept)
+
+
+@dataclass
+class Losses:
+    video: torch.Tensor
+    audio: torch.Tensor
+    has_video: torch.Tensor
+    has_audio: torch.Tensor
+    weight_video: float = 1.0
+    weight_audio: float = 1.0
+
+    def __post_init__(self):
+        self.sigma_video = self.sigma_audio = torch.full_like(self.has_video, 0.5)
+
+    def total(self, counts):
+        return (self.video * self.has_video).sum() / counts[0] + (self.audio * self.has_audio).sum() / counts[1]
+
+
+@dataclass
+class Objective:
+    """The loss of sample k is weight * k on both streams; `poison` makes one sample's loss what it says."""
+
+    poison: dict = field(default_factory=dict)
+
+    def counts(self, batch, rng):
+        return torch.stack([batch.has_video.sum(), batch.has_audio.sum()])
+
+    def __call__(self, model, batch, rng):
+        assert tuple(rng.positions) == batch.positions
+        loss = model(torch.tensor([self.poison.get(key, float(key[1:])) for key in batch.keys]))
+        return Losses(loss, loss * 2, batch.has_video, batch.has_audio)
+
+
+@dataclass
+class Saves:
+    states: list = field(default_factory=list)
+    in_flight: list = field(default_factory=list)
+
+    def save(self, step, engine, state, config):
+        assert not self.in_flight
+        self.states.append(TrainState.from_dict(state["train"]))
+        self.in_flight.append(Saved(step, Path(f"step-{step:08d}"), 2**20, 0.5))
+
+    def wait(self):
+        return self.in_flight.pop() if self.in_flight else None
+
+    def poll(self):
+        return None
+
+
+class Records(list):
+    log = list.append
+
+    def close(self):
+        pass
+
+
+def batch(*keys, bad=()):
+    samples = [placeholder(key, BUCKET, TEXT) for key in keys]
+    for sample in samples:
+        sample.meta["bad"] = sample.key in bad
+    return collate(samples, range(len(samples)), BUCKET, [f"{key}: damaged" for key in bad])
+
+
+def steps(*lists) -> Iterator:
+    return iter(lists)
+
+
+def endless(*micro_batches):
+    while True:
+        yield list(micro_batches)
+
+
+def trainer(batches, **changes):
+    world = World()
+    settings = {"run_dir": "unused", "max_steps": 6, "log_every": 2, "save_every": 3, **changes.pop("config", {})}
+    parts = {
+        "seed": 0,
+        "world": world,
+        "engine": Engine(),
+        "objective": Objective(),
+        "learning_rate": lambda step: 0.1,
+        "metrics": Metrics(world),
+        "checkpoints": Saves(),
+        "sinks": [Records()],
+    }
+    return Trainer(config=TrainConfig(**settings), batches=batches, **(parts | changes))
+
+
+def records(t):
+    return [r for r in t.sinks[0] if "event" not in r]
+
+
+def events(t):
+    return [(r["event"], r["step"]) for r in t.sinks[0] if "event" in r]
+
+
+def test_a_step_is_one_update_with_the_gradient_of_the_mean_over_all_its_samples():
+    t = trainer(steps([batch("k1", "k2"), batch("k6")]), config={"max_steps": 1})
+    t.run()
+    assert t.engine.lasts == [False, True]
+    assert t.engine.weight.item() == pytest.approx(1 - 0.1 * (3 + 6))
+    assert records(t)[0]["loss_video"] == pytest.approx(3.0)
+    assert records(t)[0]["grad_norm"] == pytest.approx(9.0)
+
+
+def test_records_and_checkpoints_come_when_they_are_due():
+    t = trainer(endless(batch("k0")))
+    assert t.run() is Outcome.DONE
+    assert [r["step"] for r in records(t)] == [1, 2, 3, 4, 6]
+    assert events(t) == [("checkpoint", 3), ("checkpoint", 6)]
+    assert [s.step for s in t.checkpoints.states] == [3, 6]
+    assert t.checkpoints.states[-1].samples == 6
+    assert t.checkpoints.states[-1].tokens == 6 * BUCKET.tokens
+    assert not t.checkpoints.in_flight
+
+
+def test_the_learning_rate_is_asked_by_step():
+    t = trainer(endless(batch("k1")), learning_rate=lambda step: step / 100, state=TrainState(step=4))
+    t.run()
+    assert t.engine.rates == [0.04, 0.05]
+
+
+def test_a_saved_state_goes_on_where_it_was():
+    straight = trainer(endless(batch("k1", "k2")))
+    straight.run()
+    first = trainer(endless(batch("k1", "k2")), config={"max_steps": 3})
+    first.run()
+    second = trainer(endless(batch("k1", "k2")), engine=first.engine, state=first.checkpoints.states[-1])
+    second.run()
+    assert torch.equal(straight.engine.weight, second.engine.weight)
+    timeless = {"step", "loss", "loss_video", "loss_audio", "grad_norm", "lr", "samples", "tokens", "sigma_bins"}
+    expected = [{k: r[k] for k in timeless} for r in records(straight)]
+    assert [{k: r[k] for k in timeless} for r in records(first) + records(second)] == expected
+    assert second.state.samples == straight.state.samples
+    assert records(second)[0]["time"] >= records(first)[-1]["time"]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_and_never_applied(poison):
+    t = trainer(steps([batch("k1")], [batch("k2", "k3"), batch("k4")]), objective=Objective(), config={"log_every": 1})
+    t.objective.poison["k3"] = poison
+    with pytest.raises(NonFiniteError, match=r"step 2: a loss is not finite.*Samples: k3\."):
+        t.run()
+    after_one_step = 1 - 0.1 * 3
+    assert t.engine.weight.item() == pytest.approx(after_one_step)
+    assert t.state.step == 1
+    assert events(t) == [("non_finite", 1)]
+    assert t.sinks[0][-1]["keys"] == ["k3"]
+
+
+def test_a_loss_that_overflows_while_its_gradient_does_not_is_not_applied():
+    weight = torch.tensor(1.0, requires_grad=True)
+    loss = spread_non_finite(weight * 2.0 + torch.tensor(float("inf")))
+    loss.backward()
+    assert torch.isnan(weight.grad)
+    spread_non_finite(torch.tensor(2.0)).item()
+
+
+def test_a_finite_loss_keeps_its_gradient_exactly():
+    weight = torch.tensor(3.0, requires_grad=True)
+    spread_non_finite(weight.square()).backward()
+    assert weight.grad == 6.0
+
+
+def test_when_only_the_gradient_is_not_finite_all_samples_of_the_step_are_named():
+    class Broken(Engine):
+        def step(self, *, lr):
+            return StepResult(norm=float("nan"), applied=False)
+
+    t = trainer(steps([batch("k1", "k2"), batch("k3")]), engine=Broken())
+    with pytest.raises(NonFiniteError, match=r"though every loss is finite.*Samples: k1, k2, k3\."):
+        t.run()
+
+
+def test_a_gradient_that_is_merely_too_large_costs_its_step_only():
+    class Careful(Engine):
+        def step(self, *, lr):
+            self.weight.grad = None
+            return StepResult(norm=1e6, applied=False)
+
+    t = trainer(endless(batch("k1")), engine=Careful(), config={"max_steps": 2})
+    assert t.run() is Outcome.DONE
+    assert events(t)[:2] == [("step_skipped", 0), ("step_skipped", 1)]
+
+
+def test_too_many_damaged_records_end_the_run():
+    records = BadRecords(limit=0.0)
+    t = trainer(endless(batch("k1", "k9", bad=["k9"])), records=records, config={"log_every": 1})
+    with pytest.raises(DataError, match="k9: damaged"):
+        t.run()
+
+
+def test_a_bad_record_is_reported_by_key_and_moves_no_other_sample():
+    t = trainer(steps([batch("k1", "k9", bad=["k9"]), batch("k3")]), config={"max_steps": 1})
+    t.run()
+    assert records(t)[0]["loss_video"] == pytest.approx((1 + 3) / 2)
+    assert records(t)[0]["bad_records"] == 1
+    (event,) = [r for r in t.sinks[0] if r.get("event") == "bad_record"]
+    assert "k9: damaged" in event["message"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_the_step_that_it_fell_into_is_saved(number):
+    def batches():
+        for n in range(6):
+            if n == 1:
+                os.kill(os.getpid(), number)
+            yield [batch("k1")]
+
+    before = signal.getsignal(number)
+    t = trainer(batches(), config={"log_every": 10, "save_every": 0})
+    assert t.run() is Outcome.STOPPED
+    assert [s.step for s in t.checkpoints.states] == [2]
+    assert not t.checkpoints.in_flight
+    assert [r["step"] for r in records(t)] == [1, 2]
+    assert signal.getsignal(number) is before
+
+
+def test_evaluations_run_after_the_checkpoint_of_their_step_on_the_averaged_weights():
+    seen = []
+    average = Ema([("weight", torch.tensor(7.0))], EmaConfig())
+    average.update = lambda shards: None
+    t = trainer(
+        endless(batch("k1")),
+        ema=average,
+        evaluators={"heldout": lambda model, step: seen.append((step, model(1.0).item())) or {"loss_video": 0.5}},
+        config={"eval_every": 3, "evaluate_first": True},
+    )
+    t.run()
+    assert seen == [(0, 7.0), (3, 7.0), (6, 7.0)]
+    assert [e for e, _ in events(t)] == ["heldout", "checkpoint", "heldout", "checkpoint", "heldout"]
+    assert t.engine.weight.item() != 7.0
+
+
+def failing(model, step):
+    raise RuntimeError("no such prompt")
+
+
+def test_an_evaluation_that_fails_is_reported_and_training_goes_on():
+    t = trainer(endless(batch("k1")), evaluators={"samples": failing}, config={"eval_every": 3})
+    assert t.run() is Outcome.DONE
+    reported = [r for r in t.sinks[0] if r.get("event") == "evaluation_failed"]
+    assert [r["message"] for r in reported] == ["RuntimeError: no such prompt"] * 2
+
+
+def test_a_strict_run_ends_with_a_failing_evaluation():
+    strict = {"eval_every": 3, "strict_evaluation": True}
+    t = trainer(endless(batch("k1")), evaluators={"samples": failing}, config=strict)
+    with pytest.raises(RuntimeError, match="no such prompt"):
+        t.run()
+    assert [s.step for s in t.checkpoints.states] == [3]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_steps", 0), ("log_every", 0), ("save_every", -1), ("keep_last", -1), ("keep_every", -1), ("eval_every", -1)],
+)
+def test_a_setting_out_of_its_bound_is_named(name, value):
+    with pytest.raises(ConfigError, match=rf"train\.{name}={value}"):
+        TrainConfig(run_dir="x", **{name: value})
+
+
+def test_state_survives_being_written_down():
+    state = TrainState(step=3, samples=12, tokens=99, seconds=1.5, skipped=("a", "b"))
+    assert TrainState.from_dict(state.to_dict()) == state
+
+
+RUN = {
+    "seed": 1,
+    "optim": {"lr": 0.1, "betas": [0.9, 0.99]},
+    "train": {"save_every": 5, "run_dir": "a"},
+    "data": {"loader": {"num_workers": 2}, "datasets": [{"path": "x"}]},
+}
+
+
+def test_settings_that_do_not_change_the_result_may_change_on_resume():
+    other = {**RUN, "train": {"save_every": 9, "run_dir": "b"}, "data": {**RUN["data"], "loader": {"num_workers": 7}}}
+    check_same_run(defining_settings(RUN), defining_settings(other), "run/step-3")
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference():
+    other = {**RUN, "seed": 2, "optim": {"lr": 0.2, "betas": [0.9, 0.99]}}
+    with pytest.raises(CheckpointError) as error:
+        check_same_run(defining_settings(RUN), defining_settings(other), "run/step-3")
+    assert "optim.lr: 0.1 in the checkpoint, 0.2 now" in str(error.value)
+    assert "seed: 1 in the checkpoint, 2 now" in str(error.value)
+    assert "betas" not in str(error.value)
