@@ -1,0 +1,1 @@
+"""Latent datasets: their index, the plan of a run, random access to records, and batches."""

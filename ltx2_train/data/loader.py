@@ -1,0 +1,166 @@
+"""Batches of one rank, step by step, read ahead by worker processes: the plan says what comes next."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ltx2_train.batch import Batch, collate, placeholder
+from ltx2_train.data.datasets import LatentDataset
+from ltx2_train.data.plan import MicroBatch, Plan, SampleRef
+from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.record import Bucket, Sample
+
+logger = logging.getLogger(__name__)
+FEWEST_SEEN = 1000  # the limit on bad records counts at least so many samples, so that one early one does not end a run
+
+
+@dataclass(kw_only=True, slots=True)
+class LoaderConfig:
+    """How batches are read. Changes nothing of what is computed."""
+
+    num_workers: int = 2
+    """Processes per rank that read and collate; 0 reads in the training process."""
+    prefetch_steps: int = 2
+    """Steps that the workers read ahead."""
+    pin_memory: bool = True
+    """Copy batches to page-locked memory, for asynchronous copies to a CUDA device. Ignored where there is none."""
+    bad_fraction: float = 0.01
+    """Damaged records per record read that are tolerated; they keep their place with loss weight 0. More is an error.
+    The first thousand records count as one thousand. 0: the first damaged record is an error."""
+    timeout_seconds: float = 600.0
+    """Longest wait for one batch from a worker before the run ends with an error; 0: for ever."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_workers", 0), ("prefetch_steps", 1), ("timeout_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}; must be >= {least}")
+        if not 0 <= self.bad_fraction <= 1:
+            raise ConfigError(f"bad_fraction = {self.bad_fraction}; must be between 0 and 1")
+
+
+class BadRecords:
+    """Counts damaged records against a limit. Each rank adds its batches; the sums over ranks are checked."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.bad = 0
+        self.seen = 0
+        self.first = ""
+
+    def add(self, batch: Batch) -> None:
+        self.bad += len(batch.errors)
+        self.seen += len(batch)
+        self.first = self.first or next(iter(batch.errors), "")
+
+    def counts(self) -> Tensor:
+        """(2,) int64: damaged records and records seen by this rank, to be summed over the ranks."""
+        return torch.tensor([self.bad, self.seen])
+
+    def check(self, counts: Tensor | None = None) -> None:
+        """Raises `DataError` when `counts` (summed over the ranks; None: this rank's own) are above the limit."""
+        bad, seen = (int(n) for n in (self.counts() if counts is None else counts))
+        if bad > self.limit * max(seen, FEWEST_SEEN):
+            raise DataError(
+                f"{bad} of {seen} records are damaged, more than bad_fraction = {self.limit} allows. First on this "
+                f"rank: {self.first or 'none'}. Repair the shards, or raise bad_fraction"
+            )
+
+
+class BatchReader(Dataset[Batch]):
+    """Reads planned micro-batches. A damaged record keeps its place as a placeholder of weight 0."""
+
+    def __init__(self, datasets: Sequence[LatentDataset]) -> None:
+        self.datasets = list(datasets)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        errors: list[str] = []
+        samples = [self._read(ref, micro_batch.bucket, errors) for ref in micro_batch.samples]
+        return collate(samples, micro_batch.positions, micro_batch.bucket, errors)
+
+    def _read(self, ref: SampleRef, bucket: Bucket, errors: list[str]) -> Sample:
+        dataset = self.datasets[ref.dataset]
+        try:
+            return dataset.read(ref.number)
+        except DataError as error:
+            errors.append(str(error))
+            return placeholder(dataset.index.key(ref.number), bucket, dataset.null_text)
+        except Exception as error:
+            key = dataset.index.key(ref.number)
+            raise RuntimeError(f"reading {key} of {dataset.location} failed: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The micro-batches of one rank, without end, in the order in which they are wanted."""
+
+    plan: Plan
+    rank: int
+    world_size: int
+    start_step: int
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in itertools.count(self.start_step):
+            yield from self.plan.rank_step(step, self.rank, self.world_size)
+
+
+class Loader:
+    """Iterating gives one list of batches per step, without end, from `start_step` on; each iteration starts there."""
+
+    def __init__(
+        self,
+        datasets: Sequence[LatentDataset],
+        plan: Plan,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        config: LoaderConfig | None = None,
+    ) -> None:
+        """`datasets` in the order of the plan's indexes. Raises `ConfigError` when the plan does not fit the world."""
+        self.reader = BatchReader(datasets)
+        self.config = config or LoaderConfig()
+        self.work = _Work(plan, rank, world_size, start_step)
+        self.batches_per_step = plan.config.micro_batches_per_step * plan.split(world_size) // world_size
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = iter(self._data_loader())
+        try:
+            for step in itertools.count(self.work.start_step):
+                loaded = list(itertools.islice(batches, self.batches_per_step))
+                for message in itertools.chain.from_iterable(batch.errors for batch in loaded):
+                    logger.warning("step %d: bad record, loss weight 0: %s", step, message)
+                yield loaded
+        finally:
+            _stop_workers(batches)
+
+    def _data_loader(self) -> DataLoader[Batch]:
+        config, options = self.config, dict[str, Any]()
+        if config.num_workers:
+            ahead = math.ceil(config.prefetch_steps * self.batches_per_step / config.num_workers)
+            options = {"prefetch_factor": ahead, "timeout": config.timeout_seconds}
+        return DataLoader(
+            self.reader,
+            batch_size=None,  # the plan has made the batches
+            sampler=self.work,
+            num_workers=config.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=config.pin_memory and torch.cuda.is_available(),
+            **options,
+        )
+
+
+def _stop_workers(batches: Any) -> None:
+    """End the worker processes now. Left to the garbage collector after an error, each would take five seconds."""
+    stop = getattr(batches, "_shutdown_workers", None)
+    if stop is not None:
+        stop()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
