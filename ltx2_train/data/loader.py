@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,7 @@ class Loader:
             sampler=self.work,
             num_workers=config.num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_outlive_termination,
             pin_memory=config.pin_memory and torch.cuda.is_available(),
             **options,
         )
@@ -160,6 +162,15 @@ def _stop_workers(batches: Any) -> None:
     stop = getattr(batches, "_shutdown_workers", None)
     if stop is not None:
         stop()
+
+
+def _outlive_termination(worker: int) -> None:
+    """A scheduler's SIGTERM goes to all processes; a reader that dies of it would break the step that is to be saved.
+
+    It then has ten more minutes, and never keeps a parent waiting that wants to exit.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

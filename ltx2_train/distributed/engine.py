@@ -13,17 +13,17 @@ from torch import Tensor
 from ltx2_train.errors import ConfigError
 
 
-class Precision(StrEnum):
-    BF16 = "bf16"  # forward and backward in bf16, fp32 masters and reductions; frozen parameters are kept in bf16
-    FP32 = "fp32"
+class Precision(StrEnum):  # lower case: OmegaConf finds members by name
+    bf16 = "bf16"  # forward and backward in bf16, fp32 masters and reductions; frozen parameters are kept in bf16
+    fp32 = "fp32"
 
 
 class Recompute(StrEnum):
     """Activation checkpointing: which blocks are run again in backward instead of keeping their activations."""
 
-    NONE = "none"
-    FULL = "full"
-    EVERY_N = "every_n"
+    none = "none"
+    full = "full"
+    every_n = "every_n"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class AdamWConfig:
 class EngineConfig:
     """How the model is sharded, computed and updated."""
 
-    precision: Precision = Precision.FP32
+    precision: Precision = Precision.fp32
     """Compute dtype. Masters, optimizer state, gradient sums and norms are fp32 either way."""
     reshard: bool = True
     """Free a block's whole weights after its forward and gather them again in backward: less memory, more traffic."""
@@ -67,14 +67,14 @@ class EngineConfig:
     """Largest global gradient norm that is applied unscaled. None: no clipping."""
     skip_above: float | None = None
     """Global gradient norm above which a step is not applied at all. None: only non-finite gradients are refused."""
-    recompute: Recompute = Recompute.NONE
+    recompute: Recompute = Recompute.none
     """Activation checkpointing policy."""
     recompute_every: int = 2
     """With recompute=every_n: every n-th block is recomputed, the first included."""
     compile: bool = False
     """torch.compile each block's forward."""
     freeze: list[str] = field(default_factory=list)
-    """Regular expressions (full match) of parameters that are never updated, on top of those the model itself freezes."""
+    """Regular expressions (full match) of parameters that are never updated, besides those the model itself freezes."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def check_patterns(field_name: str, patterns: list[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"{field_name}: {pattern!r} is not a regular expression ({error})") from error
+            raise ConfigError(f"{field_name}: '{pattern}' is not a regular expression ({error})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,8 @@ class StepResult:
 
 class PendingSave(Protocol):
     """A checkpoint write in flight."""
+
+    num_bytes: int  # of the whole checkpoint, over all ranks, to within a few headers
 
     def done(self) -> bool:
         """Whether this rank's files are written."""
@@ -152,4 +154,4 @@ class Engine(Protocol):
         """
 
     def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """One whole CPU tensor at a time, of every parameter; whole on rank 0, empty elsewhere. All ranks must iterate."""
+        """One whole CPU tensor at a time, of every parameter; empty on other ranks than 0. All ranks must iterate."""

@@ -7,19 +7,18 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import Toy, toy_engine, train, train_step
 
 from ltx2_train.distributed.world import World, close_world, init_world
 from ltx2_train.errors import CheckpointError
 from ltx2_train.testing import run_on_ranks
 from ltx2_train.train.checkpoint import Checkpointer, complete_checkpoints, newest_complete
 from ltx2_train.train.ema import Ema, EmaConfig
+from tests.distributed.toy import Toy, toy_engine, train, train_step
 
 IDENTITY = {"seed": 3, "model.name": "toy"}
 
@@ -69,7 +68,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, before, after):
     assert newest_complete(tmp_path / "b").name == "step-00000003"
 
 
-def killed_while_saving(run_dir: str, started: Any, slow: Callable[..., Any] | None = None) -> None:
+def killed_while_saving(run_dir: str, started: Any) -> None:
     """Saves step 2, then begins to save step 4 on a disk that never finishes."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -166,11 +165,14 @@ def fills_the_disk(world: World, run_dir: str, full_on: int) -> list[float]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     train(engine, world, 2, 4)
     checkpoints.save(4, engine, {}, {})
-    with pytest.raises(CheckpointError, match=r"saving step 4 in .* failed: .*It needs [\d,]+ bytes and [\d,]+ are free"):
+    with pytest.raises(
+        CheckpointError, match=r"saving step 4 in .* failed: .*It needs [\d,]+ bytes and [\d,]+ are free"
+    ):
         checkpoints.wait()
     world.barrier()
     names = {path.name for path in (Path(run_dir) / "checkpoints").iterdir()}
     assert names == {"step-00000002"}, "nothing of the failed one stays, the good one does"
+    world.barrier()
     if world.rank == full_on:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     checkpoints.save(4, engine, {}, {})
@@ -191,10 +193,13 @@ def test_a_disk_that_is_full_for_the_manifest_costs_no_checkpoint(world, tmp_pat
     checkpoints.save(1, engine, {}, {})
     checkpoints.wait()
 
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: Path, value: Any) -> None:
+        if path.name == checkpoint.MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
 
-    monkeypatch.setattr(checkpoint, "_digest", full)
+    write = checkpoint._write_whole
+    monkeypatch.setattr(checkpoint, "_write_whole", full)
     checkpoints.save(2, engine, {}, {})
     with pytest.raises(CheckpointError, match="No space left on device.*step-00000001, stays"):
         checkpoints.save(3, engine, {}, {})
@@ -248,7 +253,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeyp
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     finish = FileSystemWriter.finish
-    monkeypatch.setattr(FileSystemWriter, "finish", lambda *args: (time.sleep(0.5), finish(*args)) and None)
+    monkeypatch.setattr(FileSystemWriter, "finish", lambda self, **kwargs: (time.sleep(0.5), finish(self, **kwargs))[1])
     engine, checkpoints = toy_engine(world), Checkpointer(tmp_path, world)
     checkpoints.save(1, engine, {}, {})
     assert checkpoints.poll() is None

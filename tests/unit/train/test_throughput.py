@@ -1,6 +1,10 @@
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ltx2_train.model.config import named_config
+from ltx2_train.model.modality import Modality
+from ltx2_train.model.transformer import Transformer
 from ltx2_train.train.throughput import Load, forward_flops, peak_flops, training_flops
 
 
@@ -47,3 +51,36 @@ def test_known_devices_have_their_dense_bf16_peak(name, peak):
 @pytest.mark.parametrize("name", ["cpu", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4"])
 def test_an_unknown_device_has_no_peak_rather_than_a_guess(name):
     assert peak_flops(name) is None
+
+
+@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b", "ltx2_5_22b"])
+def test_the_formula_counts_what_the_model_multiplies(name):
+    """Every generation at a small size, against PyTorch's own counter of matrix products."""
+    size = {
+        "num_attention_heads": 2,
+        "audio_num_attention_heads": 2,
+        "attention_head_dim": 20,
+        "audio_attention_head_dim": 10,
+        "cross_attention_dim": 40,
+        "audio_cross_attention_dim": 20,
+        "num_layers": 2,
+    }
+    config = named_config(name, size | ({"caption_channels": 36} if name == "ltx2_19b" else {}))
+    with torch.device("meta"):
+        model = Transformer(config)
+        load = Load(samples=3, video=8, audio=5, text=6)
+        video = modality(load, load.video, 3, config.caption_channels if name == "ltx2_19b" else config.video_width)
+        audio = modality(load, load.audio, 1, config.caption_channels if name == "ltx2_19b" else config.audio_width)
+        with FlopCounterMode(display=False) as counter:
+            model(video, audio)
+    assert forward_flops(config, load) == counter.get_total_flops()
+
+
+def modality(load, tokens, axes, width):
+    return Modality(
+        latent=torch.zeros(load.samples, tokens, 128),
+        sigma=torch.zeros(load.samples),
+        timesteps=torch.zeros(load.samples, 1),
+        positions=torch.zeros(load.samples, axes, tokens, 2),
+        context=torch.zeros(load.samples, load.text, width),
+    )

@@ -1,0 +1,37 @@
+"""What the programs share at the command line: errors without a traceback, and lists of files."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ltx2_train.errors import Ltx2Error
+
+
+def parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose help shows defaults and ends with an example."""
+    return argparse.ArgumentParser(
+        prog=f"python -m data_prep.{program}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
+    )
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def add_workers(arguments: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    arguments.add_argument("--workers", type=int, default=cores, help="processes; the result does not depend on it")
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
+    """Run a program; what a user can cause ends it with a message and exit code 1, without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(argv)
+    except Ltx2Error as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,648 @@
+"""Encode raw shards into latent shards: what training reads.
+
+Reads any WebDataset (directories, paths, globs, {000..009} ranges or fsspec URLs; --key-map names its members) and
+writes under --out the directories `train` and, with a held-out share, `heldout`, each with its shards, manifest, index
+and null context. A clip takes the bucket of the closest aspect ratio that it is long enough for and is cut into
+consecutive windows of its length; what is left at the end is counted. Sound that is missing stays missing: it is never
+replaced by silence. The held-out split goes by source file. A killed run continues where it was; other settings are refused.
+"""
+
+import json
+import logging
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep import console
+from data_prep.buckets import PixelBucket, choose, parse_buckets
+from data_prep.jobs import Job, Report, run_jobs
+from data_prep.pack import (
+    AUDIO_SUFFIXES,
+    DROPPED_NAME,
+    PACK_NAME,
+    VIDEO_SUFFIXES,
+    Dropped,
+    EmptyCaption,
+    drop_reason,
+    parse_json,
+)
+from data_prep.tables import table, total
+from data_prep.tars import Members, file_sha256, list_shards, read_tar, size_of, write_jsonl
+from ltx2_train.codecs import AudioCodec, VideoCodec, build_audio_codec, build_video_codec
+from ltx2_train.codecs.resample import to_stereo
+from ltx2_train.data.datasets import save_null_text
+from ltx2_train.data.index import build_index
+from ltx2_train.data.shards import write_shard
+from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, audio_latent_length
+from ltx2_train.media.audio import read_audio
+from ltx2_train.media.probe import MediaInfo, probe
+from ltx2_train.media.video import VideoFile, to_tensor
+from ltx2_train.record import Manifest, Sample, TextFeatures
+from ltx2_train.rng import derive_seed
+from ltx2_train.text import TextEncoder, build_text_encoder
+
+log = logging.getLogger(__name__)
+
+TRAIN, HELD_OUT = "train", "heldout"
+BATCH_VALUES = 1 << 24  # pixel values of the windows that go through the video codec together
+BATCH_WINDOWS = 8  # more only misses the caches
+CAPTIONS_KEPT = 256
+LATENT_STEP = 1 / AUDIO_STEPS_PER_SECOND  # s
+
+
+class Dtype(StrEnum):
+    """Of the tensors in the latent shards."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return torch.bfloat16 if self is Dtype.BF16 else torch.float32
+
+
+@dataclass(kw_only=True, slots=True)
+class EncodeConfig:
+    """How raw records become latent records. All of it but `device` stands in the manifest."""
+
+    buckets: list[PixelBucket]
+    """Sizes that clips are brought to."""
+    video_codec: str = "dct"
+    """Name of the video codec."""
+    audio_codec: str = "dct"
+    """Name of the audio codec."""
+    text_encoder: str = "hashed"
+    """Name of the text encoder."""
+    video_text_width: int = 128
+    """Width of the text features beside the video."""
+    audio_text_width: int = 128
+    """Width of the text features beside the audio."""
+    fps: float | None = None
+    """Frames per second that clips are brought to; None keeps each clip's own mean rate."""
+    audio_tolerance: float = 0.25
+    """Seconds by which sound may be shorter than its window and is padded; beyond, the window has no audio."""
+    audio_only_seconds: float | None = None
+    """Window length of records with sound alone, in seconds; None drops them."""
+    empty_caption: EmptyCaption = EmptyCaption.KEEP
+    """What becomes of records without a caption."""
+    holdout: float = 0.0
+    """Share of the source files that is held out, by the hash of their names."""
+    holdout_count: int = 0
+    """Instead of a share: how many source files are held out."""
+    key_map: dict[str, list[str]] = field(default_factory=dict)
+    """Member extensions of `video`, `audio`, `caption` and `json`; what is not given keeps its default."""
+    dtype: Dtype = Dtype.BF16
+    """Of latents and text features on disk."""
+    device: str = "cpu"
+    """Where the codecs run."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout: {self.holdout}; need a share in [0, 1)")
+        if self.holdout_count < 0 or (self.holdout_count and self.holdout):
+            raise ConfigError("holdout, holdout_count: give one of them, not negative")
+        if self.fps is not None and not self.fps > 0:
+            raise ConfigError(f"fps: {self.fps}; need more than 0")
+        if self.audio_tolerance < 0:
+            raise ConfigError(f"audio_tolerance: {self.audio_tolerance} s; need 0 or more")
+        if self.audio_only_seconds is not None and self.audio_only_seconds < LATENT_STEP:
+            raise ConfigError(f"audio_only_seconds: {self.audio_only_seconds}; need at least {LATENT_STEP}")
+        if unknown := sorted(set(self.key_map) - set(KEY_MAP)):
+            raise ConfigError(f"key_map: {unknown[0]!r} is none of {', '.join(KEY_MAP)}")
+
+
+KEY_MAP = {
+    "video": [suffix[1:] for suffix in VIDEO_SUFFIXES],
+    "audio": [suffix[1:] for suffix in AUDIO_SUFFIXES],
+    "caption": ["txt", "caption"],
+    "json": ["json"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """What turns media into latents and captions into features. Each process builds its own once."""
+
+    video: VideoCodec
+    audio: AudioCodec
+    text: TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One future sample: everything but its latents and text features."""
+
+    key: str
+    source: str
+    caption: str
+    fps: float
+    frames: Tensor | None  # (3, F, H, W) fp32 in [-1, 1]
+    waveform: Tensor | None  # (2, N) fp32
+    rate: int  # Hz
+    meta: dict[str, Any]
+
+
+def encode(raw: Sequence[str], out: Path, config: EncodeConfig, workers: int = 1) -> dict[str, dict[str, int]]:
+    """Encode the raw shards that `raw` names into `out`; returns the counts of each split. See the module's text."""
+    shards = list_shards(raw)
+    known = _known_digests(shards)
+    held_out = _held_out_sources(shards, config) if config.holdout_count else None
+    marks = [known.get(url) or f"size {size_of(url)}" for url in shards]
+    jobs = [Job(_job_name(shards, i), marks[i], (url, held_out)) for i, url in enumerate(shards)]
+    codecs = build_codecs(_codec_settings(config))
+    settings = _settings(config, codecs)
+    reports = run_jobs(encode_shard, jobs, out, settings, config, workers)
+    _refuse_repeated_keys(jobs, reports)
+    write_jsonl(out / DROPPED_NAME, (row for report in reports for row in report.dropped))
+    counts = {}
+    for split in (TRAIN, HELD_OUT):
+        if any(name.startswith(f"{split}/") for report in reports for name in report.outputs):
+            counts[split] = _finish(out, split, reports, settings | {"raw": _origins(jobs)}, codecs)
+    if not counts:
+        dropped = total(report.counts for report in reports)
+        raise DataError(f"{out}: nothing was kept ({dropped}). The reasons are in {out / DROPPED_NAME}")
+    return counts | {"all": total(report.counts for report in reports)}
+
+
+def _codec_settings(config: EncodeConfig) -> tuple[str, str, str, int, int]:
+    return config.video_codec, config.audio_codec, config.text_encoder, config.video_text_width, config.audio_text_width
+
+
+@lru_cache(maxsize=1)
+def build_codecs(settings: tuple[str, str, str, int, int]) -> Codecs:
+    video, audio, text, *widths = settings
+    return Codecs(build_video_codec(video), build_audio_codec(audio), build_text_encoder(text, *widths))
+
+
+def _settings(config: EncodeConfig, codecs: Codecs) -> dict[str, Any]:
+    """What the latents depend on, as it stands in the manifest. Another value is another dataset."""
+    fields = asdict(config) | {
+        "buckets": ";".join(map(str, config.buckets)),
+        "dtype": config.dtype.value,
+        "empty_caption": config.empty_caption.value,
+        "key_map": KEY_MAP | config.key_map,
+        "crop": "centre",
+        "resize": "bicubic, antialiased, covering",
+        "codecs": [codecs.video.name, codecs.audio.name, codecs.text.name],
+        "code_version": code_version(),
+    }
+    del fields["device"]
+    return fields
+
+
+def code_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ltx2_train")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _known_digests(shards: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the shards whose directory has a `pack.json`."""
+    folders = {Path(url).parent for url in shards if "://" not in url}
+    listings = {folder: folder / PACK_NAME for folder in folders if (folder / PACK_NAME).exists()}
+    named = {folder: json.loads(listing.read_text())["shards"] for folder, listing in listings.items()}
+    digests = {url: named.get(Path(url).parent, {}).get(Path(url).name) for url in shards}
+    return {url: digest for url, digest in digests.items() if digest}
+
+
+def _job_name(shards: Sequence[str], place: int) -> str:
+    """The name of a latent shard: that of its raw shard, with its place in front where two have the same name."""
+    stems = [url.rsplit("/", 1)[-1].removesuffix(".tar") for url in shards]
+    return stems[place] if stems.count(stems[place]) == 1 else f"{place:06d}-{stems[place]}"
+
+
+def _origins(jobs: Sequence[Job]) -> dict[str, str]:
+    return {f"{job.name}.tar": f"{job.payload[0].rsplit('/', 1)[-1]} {job.fingerprint}" for job in jobs}
+
+
+def _refuse_repeated_keys(jobs: Sequence[Job], reports: Sequence[Report]) -> None:
+    first: dict[str, str] = {}
+    for job, report in zip(jobs, reports, strict=True):
+        for key in report.keys:
+            if key in first:
+                where = f"{first[key]} and {job.payload[0]}"
+                raise DataError(f"key {key!r} comes twice, in {where}. Give every clip a key of its own")
+            first[key] = job.payload[0]
+
+
+# --- held-out split ---
+
+
+def source_hash(source: str) -> int:
+    """A number in [0, 2^63) that depends on the source's name alone."""
+    return derive_seed("held out", source)
+
+
+def _held_out_sources(shards: Sequence[str], config: EncodeConfig) -> frozenset[str]:
+    """The `holdout_count` sources of smallest hash. Reads all shards once."""
+    sources = set()
+    for url in shards:
+        for key, members in read_tar(url):
+            sources.add(_source(key, _raw_json(key, members, config)))
+    if len(sources) <= config.holdout_count:
+        raise ConfigError(f"holdout_count: {config.holdout_count}; need less than the {len(sources)} source files")
+    return frozenset(sorted(sources, key=source_hash)[: config.holdout_count])
+
+
+def _split(source: str, config: EncodeConfig, held_out: AbstractSet[str] | None) -> str:
+    if held_out is not None:
+        return HELD_OUT if source in held_out else TRAIN
+    return HELD_OUT if source_hash(source) < config.holdout * 2**63 else TRAIN
+
+
+# --- one shard ---
+
+
+def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
+    """Write the latent shards of one raw shard. Raises `DataError` for a damaged one and for latents with NaN."""
+    url, held_out = job.payload
+    is_verified = _verify(url, job.fingerprint)
+    codecs = build_codecs(_codec_settings(config))
+    counts: dict[str, int] = {}
+    dropped: list[dict[str, str]] = []
+    samples: dict[str, list[Sample]] = {TRAIN: [], HELD_OUT: []}
+    windows = _windows(url, config, counts, dropped, decode=not is_verified)
+    for sample in encode_windows(windows, codecs, config):
+        split = _split(sample.meta["source"], config, held_out)
+        sample.meta["split"] = split
+        _tally(counts, sample, split)
+        samples[split].append(sample)
+    outputs = {f"{split}/{job.name}.tar": kept for split, kept in samples.items() if kept}
+    for name, kept in outputs.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(directory / name, kept)
+    digests = {name: file_sha256(str(directory / name)) for name in outputs}
+    return Report(digests, counts, dropped, [sample.key for kept in samples.values() for sample in kept])
+
+
+def _verify(url: str, expected: str) -> bool:
+    """True when the shard's hash is known and right. Raises `DataError` when it is wrong."""
+    if expected.startswith("size "):
+        return False
+    if (found := file_sha256(url)) != expected:
+        raise DataError(f"{url}: its SHA-256 is {found[:12]}..., {PACK_NAME} says {expected[:12]}...: damaged or "
+                        "truncated. Copy the shard again, or delete it and re-run data_prep.pack")  # fmt: skip
+    return True
+
+
+def _tally(counts: dict[str, int], sample: Sample, split: str) -> None:
+    kinds = {"va": "with_video_and_audio", "v": "video_only", "a": "audio_only"}
+    for name in ("kept", f"kept_{split}", f"{split}_{kinds[sample.bucket.signature]}"):
+        _count(counts, name)
+
+
+def _count(counts: dict[str, int], name: str, number: int = 1) -> None:
+    counts[name] = counts.get(name, 0) + number
+
+
+def _windows(
+    url: str, config: EncodeConfig, counts: dict[str, int], dropped: list[dict[str, str]], decode: bool
+) -> Iterator[Window]:
+    """The windows of all records of a raw shard; dropped records are counted and named with their reason."""
+    for key, members in read_tar(url):
+        _count(counts, "clips_read")
+        try:
+            yield from clip_windows(key, members, config, counts, decode)
+        except DataError as error:
+            reason = drop_reason(error)
+            _count(counts, f"dropped_{reason}")
+            dropped.append({"file": key, "shard": url, "reason": reason, "detail": str(error)})
+
+
+def clip_windows(
+    key: str, members: Members, config: EncodeConfig, counts: dict[str, int], decode: bool = False
+) -> Iterator[Window]:
+    """The windows of one raw record. Raises `DataError` with the reason why it has none.
+
+    `decode`: look for damage inside frames first; of packed shards this is known.
+    """
+    fields = _raw_json(key, members, config)
+    caption = _caption(members, fields, config)
+    if not caption and config.empty_caption is EmptyCaption.DROP:
+        raise Dropped("empty_caption", "no caption; --empty-caption=keep keeps such clips for the null context")
+    video, audio = _member(members, "video", config), _member(members, "audio", config)
+    shown = probe(video, name=key, decode=decode) if video is not None else None
+    sound = audio if audio is not None else video
+    heard = probe(audio, name=key, decode=decode) if audio is not None else shown
+    heard = _told_bounds(heard, fields) if heard is not None and heard.has_audio else None
+    base = Window(key, _source(key, fields), caption, 0.0, None, None, 0, {"truth": _truth(fields)})
+    if shown is not None and shown.has_video and video is not None:
+        yield from _video_windows(base, video, shown, sound, heard, config, counts)
+    elif heard is not None and sound is not None:
+        yield from _audio_windows(base, sound, heard, config, counts)
+    else:
+        raise Dropped("no_video_and_no_audio", f"members: {', '.join(sorted(members))}; --key-map says which is which")
+
+
+def _video_windows(
+    base: Window,
+    video: bytes,
+    shown: MediaInfo,
+    sound: bytes | None,
+    heard: MediaInfo | None,
+    config: EncodeConfig,
+    counts: dict[str, int],
+) -> Iterator[Window]:
+    fps = shown.fps if config.fps is None or shown.is_image else config.fps
+    frames = shown.frames_at(fps)
+    bucket = choose(config.buckets, shown.width, shown.height, frames)
+    if bucket is None:
+        sizes = "; ".join(map(str, config.buckets))
+        raise Dropped("too_short", f"{base.key}: {frames} frames at {fps:.3f} fps; buckets: {sizes}")
+    if shown.is_variable:
+        _count(counts, "variable_frame_rate")
+    pieces, rest = divmod(frames, bucket.frames)
+    if rest:
+        _count(counts, "remainder_frames", rest)
+    with VideoFile(video, info=shown) as file:
+        for piece in range(pieces):
+            start = piece * bucket.frames / fps
+            waveform = _window_sound(sound, heard, start, bucket.frames, fps, config, counts)
+            yield replace(
+                base,
+                key=_window_key(base.key, piece, pieces),
+                fps=fps,
+                frames=to_tensor(file.frames(start, bucket.frames, fps, (bucket.width, bucket.height))),
+                waveform=waveform,
+                rate=heard.sample_rate if heard is not None else 0,
+                meta=_window_meta(base, start, bucket.frames / fps, (shown.width, shown.height)),
+            )
+
+
+def _window_sound(
+    sound: bytes | None,
+    heard: MediaInfo | None,
+    start: float,
+    frames: int,
+    fps: float,
+    config: EncodeConfig,
+    counts: dict[str, int],
+) -> Tensor | None:
+    """The stereo waveform beside a window; None where there is no sound or too little of it."""
+    steps = audio_latent_length(frames, fps)
+    if heard is None or sound is None or not steps:
+        return None
+    missing = heard.missing_audio(start, frames / fps)
+    if missing > max(config.audio_tolerance, LATENT_STEP):
+        _count(counts, "audio_too_short_treated_as_missing")
+        return None
+    if missing > LATENT_STEP:
+        _count(counts, "audio_padded")
+    # As much sound as the latent steps cover: what lies beside the window's edge is heard, not invented.
+    return to_stereo(read_audio(sound, start=start, duration=steps * LATENT_STEP, info=heard)[0])
+
+
+def _audio_windows(
+    base: Window, sound: bytes, heard: MediaInfo, config: EncodeConfig, counts: dict[str, int]
+) -> Iterator[Window]:
+    length = config.audio_only_seconds
+    if length is None:
+        raise Dropped("audio_only", f"{base.key}: sound without picture; --audio-only-seconds keeps such records")
+    pieces = int(heard.audio_end / length + 1e-6)
+    if not pieces:
+        raise Dropped("too_short", f"{base.key}: {heard.audio_end:.2f} s of sound; --audio-only-seconds is {length}")
+    if rest := round(1000 * (heard.audio_end - pieces * length)):
+        _count(counts, "remainder_audio_milliseconds", rest)
+    for piece in range(pieces):
+        waveform, rate = read_audio(sound, start=piece * length, duration=length, info=heard)
+        yield replace(
+            base,
+            key=_window_key(base.key, piece, pieces),
+            fps=float(AUDIO_STEPS_PER_SECOND),
+            waveform=to_stereo(waveform),
+            rate=rate,
+            meta=_window_meta(base, piece * length, length, None),
+        )
+
+
+def _window_key(key: str, piece: int, pieces: int) -> str:
+    return key if pieces == 1 else f"{key}-w{piece:04d}"
+
+
+def _window_meta(base: Window, start: float, length: float, size: tuple[int, int] | None) -> dict[str, Any]:
+    meta = base.meta | {"source": base.source, "start": round(start, 6), "duration": round(length, 6)}
+    return meta | ({"source_size": list(size)} if size else {})
+
+
+def _told_bounds(heard: MediaInfo, fields: Mapping[str, Any]) -> MediaInfo:
+    """Where there truly is sound, as the raw record tells it: the sound of a cut segment is padded to its length."""
+    start = max(heard.audio_start, float(fields.get("audio_start", heard.audio_start)))
+    end = min(heard.audio_end, float(fields.get("audio_end", heard.audio_end)))
+    return replace(heard, audio_start=start, audio_end=end)
+
+
+def _member(members: Members, role: str, config: EncodeConfig) -> bytes | None:
+    names = config.key_map.get(role, KEY_MAP[role])
+    return next((members[name] for name in names if name in members), None)
+
+
+def _raw_json(key: str, members: Members, config: EncodeConfig) -> dict[str, Any]:
+    text = _member(members, "json", config)
+    try:
+        fields = parse_json(text) if text is not None else {}
+    except ValueError as error:
+        raise DataError(f"{key}: corrupt json ({error}). Re-run data_prep.pack for its shard") from error
+    return fields if isinstance(fields, dict) else {"value": fields}
+
+
+def _caption(members: Members, fields: Mapping[str, Any], config: EncodeConfig) -> str:
+    text = _member(members, "caption", config)
+    return (text.decode("utf-8", errors="replace") if text is not None else str(fields.get("caption", ""))).strip()
+
+
+def _source(key: str, fields: Mapping[str, Any]) -> str:
+    return str(fields.get("source", key))
+
+
+def _truth(fields: Mapping[str, Any]) -> Any:
+    """What the metadata said beside the caption; of a foreign record all of its json."""
+    return fields.get("truth", {k: v for k, v in fields.items() if k != "caption"})
+
+
+# --- codecs ---
+
+
+def encode_windows(windows: Iterator[Window], codecs: Codecs, config: EncodeConfig) -> Iterator[Sample]:
+    """The samples of windows, in their order. Windows of one shape that follow each other share the codecs' calls."""
+    texts: dict[str, TextFeatures] = {}
+    for batch in _batches(windows):
+        video = _encode_video(batch, codecs, config)
+        audio = _encode_audio(batch, codecs, config)
+        _encode_text(batch, texts, codecs, config)
+        for window, frames, sound in zip(batch, video, audio, strict=True):
+            sample = Sample(
+                key=window.key,
+                video=_stored(frames, config),
+                audio=_stored(sound, config),
+                text=texts[window.caption],
+                fps=window.fps,
+                caption=window.caption,
+                meta=window.meta,
+            )
+            check_finite(sample)
+            yield sample
+
+
+def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
+    """Consecutive windows of a bounded number of pixel values."""
+    batch: list[Window] = []
+    values = 0
+    for window in windows:
+        size = window.frames.numel() if window.frames is not None else 0
+        if batch and (len(batch) == BATCH_WINDOWS or values + size > BATCH_VALUES):
+            yield batch
+            batch, values = [], 0
+        batch.append(window)
+        values += size
+    if batch:
+        yield batch
+
+
+def _encode_text(batch: Sequence[Window], texts: dict[str, TextFeatures], codecs: Codecs, config: EncodeConfig) -> None:
+    """Put the features of a batch's captions into `texts`; those that are there already are not encoded again."""
+    if len(texts) > CAPTIONS_KEPT:
+        texts.clear()
+    captions = list(dict.fromkeys(window.caption for window in batch if window.caption not in texts))
+    dtype = config.dtype.torch
+    for caption, text in zip(captions, codecs.text.encode(captions) if captions else [], strict=True):
+        texts[caption] = TextFeatures(text.video.to(dtype), text.audio.to(dtype))
+
+
+def _encode_video(batch: Sequence[Window], codecs: Codecs, config: EncodeConfig) -> list[Tensor | None]:
+    def call(places: list[int]) -> Tensor:
+        stacked = torch.stack([frames for i in places if (frames := batch[i].frames) is not None])
+        return codecs.video.encode(stacked.to(config.device)).cpu()
+
+    return _by_shape([None if w.frames is None else tuple(w.frames.shape) for w in batch], call)
+
+
+def _encode_audio(batch: Sequence[Window], codecs: Codecs, config: EncodeConfig) -> list[Tensor | None]:
+    def call(places: list[int]) -> Tensor:
+        stacked = torch.stack([waveform for i in places if (waveform := batch[i].waveform) is not None])
+        return codecs.audio.encode(stacked.to(config.device), batch[places[0]].rate).cpu()
+
+    return _by_shape([None if w.waveform is None else (w.rate, *w.waveform.shape) for w in batch], call)
+
+
+def _by_shape(shapes: list[Any], call: Any) -> list[Tensor | None]:
+    """`call(places)` for the places of each shape, its rows put back in order; None where the shape is None."""
+    groups: dict[Any, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        if shape is not None:
+            groups.setdefault(shape, []).append(place)
+    result: list[Tensor | None] = [None] * len(shapes)
+    with torch.inference_mode():
+        for places in groups.values():
+            for place, row in zip(places, call(places), strict=True):
+                result[place] = row
+    return result
+
+
+def _stored(latents: Tensor | None, config: EncodeConfig) -> Tensor | None:
+    return None if latents is None else latents.to(config.dtype.torch)
+
+
+def check_finite(sample: Sample) -> None:
+    """Raises `DataError` naming the key for latents with NaN or infinity: they are refused, not written."""
+    text = sample.text
+    named = {"video": sample.video, "audio": sample.audio, "video text": text.video, "audio text": text.audio}
+    for name, tensor in named.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{sample.key}: the codec gave NaN or infinity in its {name}; nothing is written. "
+                            "Look at the clip with data_prep.show, or use --dtype fp32")  # fmt: skip
+
+
+def _finish(
+    out: Path, split: str, reports: Sequence[Report], settings: dict[str, Any], codecs: Codecs
+) -> dict[str, int]:
+    """Write null context, index and manifest of one split; returns its counts. The manifest comes last: finished."""
+    directory = out / split
+    outputs = outputs_of(reports, split)
+    for stale in set(directory.glob("*.tar")) - {directory / name for name in outputs}:
+        stale.unlink()
+    [null] = codecs.text.encode([""])
+    save_null_text(directory, null)
+    build_index(directory)
+    counts = total(report.counts for report in reports)
+    Manifest(
+        video_codec=codecs.video.name,
+        audio_codec=codecs.audio.name,
+        text_encoder=codecs.text.name,
+        video_text_width=codecs.text.video_width,
+        audio_text_width=codecs.text.audio_width,
+        code_version=settings["code_version"],
+        settings=settings | {"split": split},
+        shards=outputs,
+        counts=counts,
+    ).save(directory)
+    return {name: number for name, number in counts.items() if name.startswith(split) or name == f"kept_{split}"}
+
+
+def outputs_of(reports: Sequence[Report], split: str) -> dict[str, str]:
+    """SHA-256 of all shards of a split, by file name."""
+    pairs = [pair for report in reports for pair in report.outputs.items()]
+    return {name.removeprefix(f"{split}/"): digest for name, digest in pairs if name.startswith(f"{split}/")}
+
+
+def parse_key_map(text: str) -> dict[str, list[str]]:
+    """Extensions by role from "video=mp4;webm,caption=txt"."""
+    roles = {}
+    for part in filter(None, text.split(",")):
+        role, separator, names = part.partition("=")
+        if not separator or not names:
+            raise ConfigError(f'key_map: {part!r}; write "video=mp4,caption=txt"; alternatives: "video=mp4;webm"')
+        roles[role.strip()] = [name.strip().lstrip(".").lower() for name in names.split(";")]
+    return roles
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("raw", nargs="+", help="raw shards: directories, tars, globs, {000..009} ranges or fsspec URLs")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the latent shards")
+    parser.add_argument("--buckets", required=True, help='"WxHxF;WxHxF": width and height multiples of 32, F = 8k + 1')
+    parser.add_argument("--video-codec", default="dct", help="its name")
+    parser.add_argument("--audio-codec", default="dct", help="its name")
+    parser.add_argument("--text-encoder", default="hashed", help="its name")
+    parser.add_argument("--video-text-width", type=int, default=128, help="of the text features beside the video")
+    parser.add_argument("--audio-text-width", type=int, default=128, help="of the text features beside the audio")
+    parser.add_argument("--fps", type=float, help="bring all clips to this rate; None: each keeps its own mean rate")
+    parser.add_argument("--audio-tolerance", type=float, default=0.25, help="s of missing sound that are padded")
+    parser.add_argument("--audio-only-seconds", type=float, help="keep records without picture, in such windows")
+    policies = [policy.value for policy in EmptyCaption]
+    parser.add_argument("--empty-caption", choices=policies, default="keep", help="clips without a caption")
+    parser.add_argument("--holdout", type=float, default=0.0, help="share of the source files to hold out")
+    parser.add_argument("--holdout-count", type=int, default=0, help="hold out this many source files instead")
+    parser.add_argument("--key-map", default="", help='members of a foreign WebDataset: "video=mp4,caption=txt"')
+    parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="bf16", help="of stored tensors")
+    parser.add_argument("--device", default="cpu", help="where the codecs run")
+    console.add_workers(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    example = 'python -m data_prep.encode raw --out latents --buckets "64x64x41;64x64x1" --holdout 0.05'
+    parser = console.parser("encode", __doc__ or "", example)
+    _add_options(parser)
+    options = vars(parser.parse_args(argv))
+    raw, out, workers = options.pop("raw"), options.pop("out"), options.pop("workers")
+    options["buckets"] = parse_buckets(options["buckets"])
+    options["key_map"] = parse_key_map(options["key_map"])
+    options["empty_caption"], options["dtype"] = EmptyCaption(options["empty_caption"]), Dtype(options["dtype"])
+    counts = encode(raw, out, EncodeConfig(**options), workers)
+    print(table(f"encoded into {out}", counts["all"]))
+    if any(name.startswith("dropped") for name in counts["all"]):
+        print(f"each dropped clip and its reason: {out / DROPPED_NAME}")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,111 @@
+"""A trained model out of a run directory, to be sampled and measured: no engine, no optimizer, whole weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltx2_train.cli.schema import TrainJob, job_from_text
+from ltx2_train.codecs import build_audio_codec, build_video_codec
+from ltx2_train.diffusion.profiles import SamplerProfile, profile
+from ltx2_train.distributed.fsdp2 import saved_weights
+from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.evals.samples import Codecs
+from ltx2_train.model.build import build_model
+from ltx2_train.model.lora import add_lora
+from ltx2_train.text import build_text_encoder
+from ltx2_train.text.encoder import TextEncoder
+from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
+
+WEIGHTS = ("ema", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The model of a checkpoint, and what it was trained with."""
+
+    model: nn.Module
+    job: TrainJob
+    step: int
+    weights: str  # "ema" or "raw"
+    profile: SamplerProfile
+    provenance: dict[str, Any]  # names of codecs and text encoder, and the widths of the text features
+    dtype: torch.dtype
+
+    @property
+    def keyframe_marker(self) -> bool:
+        """Whether the model was trained with marked first frames."""
+        return bool(self.model.config.use_keyframes_abs_pos_embedding)  # type: ignore[union-attr]
+
+    def codecs(self) -> Codecs:
+        return Codecs(
+            build_video_codec(self.provenance["video_codec"]), build_audio_codec(self.provenance["audio_codec"])
+        )
+
+    def text_encoder(self) -> TextEncoder:
+        widths = self.provenance["video_text_width"], self.provenance["audio_text_width"]
+        return build_text_encoder(self.provenance["text_encoder"], *widths)
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """The newest complete checkpoint of a run directory, or the directory itself if it is a checkpoint.
+
+    Raises `CheckpointError` when there is none.
+    """
+    if (directory / MANIFEST).exists():
+        return directory
+    found = newest_complete(directory)
+    if found is None:
+        raise CheckpointError(
+            f"{directory} has no complete checkpoint. Give a run directory of ltx2-train that has saved at least once"
+        )
+    return found
+
+
+def run_directory(path: Path) -> Path:
+    """The run directory that `path` is, or that it is a checkpoint of."""
+    return path.resolve().parent.parent if (path / MANIFEST).exists() else path
+
+
+def load_trained(
+    directory: Path, *, weights: str = "ema", profile_name: str | None = None, device: torch.device | str = "cpu"
+) -> Trained:
+    """The model of the newest complete checkpoint in `directory`, ready to be called, in bf16 on a GPU and fp32 elsewhere.
+
+    `weights`: the moving average ("ema") or the trained weights themselves ("raw"); a run without an average has only the
+    latter. The checkpoint's hashes are verified first. Raises `CheckpointError` and `ConfigError`.
+    """
+    checkpoint, device = find_checkpoint(directory), torch.device(device)
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
+    verify(checkpoint)
+    settings = json.loads((checkpoint / CONFIG).read_text())
+    stored_profile, provenance = settings.pop("sampler_profile"), settings.pop("provenance")
+    job = job_from_text(json.dumps({"defaults": [], **settings}), str(checkpoint / CONFIG))
+    weights = weights if job.ema is not None else "raw"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Trained(
+        model=_model(job, checkpoint, weights, dtype, device),
+        job=job,
+        step=read_manifest(checkpoint)["step"],
+        weights=weights,
+        profile=profile(profile_name) if profile_name else SamplerProfile.from_dict(stored_profile),
+        provenance=provenance,
+        dtype=dtype,
+    )
+
+
+def _model(job: TrainJob, checkpoint: Path, weights: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Built without memory, then filled one tensor after another."""
+    with torch.device("meta"):
+        model: nn.Module = build_model(job.model)
+        model = add_lora(model, job.lora) if job.lora is not None else model
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in saved_weights(checkpoint, averaged="ema" if weights == "ema" else None):
+        targets.pop(name).copy_(tensor)
+    assert not targets, f"{checkpoint} has no {', '.join(targets)}"
+    return model

@@ -1,0 +1,299 @@
+"""`ltx2-train`: joins data, model, objective, engine and sinks into a run."""
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltx2_train.cli.entry import launch, set_up_logging
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ltx2_train.cli.schema import TrainJob
+    from ltx2_train.data.datasets import LatentDataset
+    from ltx2_train.distributed.engine import Engine
+    from ltx2_train.distributed.world import World
+    from ltx2_train.model.config import TransformerConfig
+    from ltx2_train.train.checkpoint import Checkpointer, Restored
+    from ltx2_train.train.ema import Ema
+    from ltx2_train.train.trainer import Evaluator, Outcome, Trainer
+
+logger = logging.getLogger(__name__)
+
+HEADER = """\
+ltx2-train [GROUP=OPTION ...] [SETTING=VALUE ...]
+
+Trains the audio-video transformer on latent datasets (made by data_prep.encode), from scratch, from released weights,
+or a LoRA beside them. Everything goes into one run directory: configuration, metrics, checkpoints, evaluations. The
+same command given again goes on from the newest checkpoint. On SIGTERM or SIGUSR1 the step is finished and saved and
+the program ends with code 75; an error that a message explains ends it with 2.
+
+Examples:
+  ltx2-train experiment=demo data.datasets.0.path=outputs/demo/latents/train train.run_dir=outputs/demo/run
+  ltx2-train experiment=lora model.weights=ltx-2.3.safetensors data.datasets.0.path=latents/train optim.lr=2e-4
+  ltx2-train -m experiment=demo data.datasets.0.path=latents/train optim.lr=1e-4,3e-4 seed=0,1
+  NPROC=8 launch/torchrun.sh -m ltx2_train.cli.train experiment=pretrain data.datasets.0.path=s3://bucket/latents"""
+
+
+def main() -> int:
+    """The exit code of the program."""
+    return launch("train", HEADER, _schema, run)
+
+
+def _schema() -> type:
+    from ltx2_train.cli.schema import TrainJob
+
+    return TrainJob
+
+
+def run(job: "TrainJob") -> int:
+    """Trains in this process, one of those that torchrun started or the only one."""
+    from ltx2_train.distributed.world import close_world, init_world
+    from ltx2_train.train.trainer import EXIT_STOPPED, Outcome
+
+    world = init_world()
+    try:
+        return EXIT_STOPPED if train(job, world) is Outcome.STOPPED else 0
+    finally:
+        close_world()
+
+
+def train(job: "TrainJob", world: "World") -> "Outcome":
+    """Trains the job to its end or to a signal."""
+    set_up_logging(world.is_main)
+    job.train.run_dir = world.broadcast_object(job.train.run_dir)  # its name may hold the time at which a rank started
+    trainer = build_trainer(job, world)
+    if trainer.state.step >= job.train.max_steps:
+        logger.info("nothing to do: %s is at step %d of %d", job.train.run_dir, trainer.state.step, job.train.max_steps)
+    try:
+        outcome = trainer.run()
+    finally:
+        for sink in trainer.sinks:
+            sink.close()
+    logger.info("%s at step %d; everything lies in %s", outcome.value, trainer.state.step, job.train.run_dir)
+    return outcome
+
+
+def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
+    """All parts of a run, put together: the one place that knows them all."""
+    from ltx2_train.cli.schema import plain, save_job
+    from ltx2_train.data.datasets import PROVENANCE
+    from ltx2_train.data.loader import BadRecords, Loader
+    from ltx2_train.data.plan import Plan
+    from ltx2_train.diffusion.objective import Objective
+    from ltx2_train.diffusion.profiles import profile
+    from ltx2_train.model.build import transformer_config
+    from ltx2_train.train.checkpoint import Checkpointer
+    from ltx2_train.train.ema import Ema
+    from ltx2_train.train.metrics import Metrics
+    from ltx2_train.train.optim import learning_rate
+    from ltx2_train.train.sinks import open_sinks
+    from ltx2_train.train.state import TrainState
+    from ltx2_train.train.throughput import batch_load, training_flops
+    from ltx2_train.train.trainer import Trainer
+
+    run_dir, config = Path(job.train.run_dir), transformer_config(job.model)
+    check_streams(job)
+    datasets, heldout = open_datasets(job, config)
+    made_with = {name: getattr(datasets[0].manifest, name) for name in PROVENANCE}
+    settings = plain(job) | {"sampler_profile": profile(job.evaluation.profile).to_dict(), "provenance": made_with}
+    marker = config.use_keyframes_abs_pos_embedding
+    objective = Objective(job.objective, datasets[0].null_text, marker)
+    engine = open_engine(job, world)
+    ema = Ema(engine.shards(), job.ema) if job.ema is not None else None
+    keep = {"keep_last": job.train.keep_last, "keep_every": job.train.keep_every}
+    checkpoints = Checkpointer(run_dir, world, identity=identity(job, datasets), **keep)
+    restored = resume(job, checkpoints, engine, ema)
+    state = TrainState() if restored is None else TrainState.from_dict(restored.state["train"])
+    state = replace(state, skipped=tuple(sorted({*state.skipped, *job.data.skip})))
+    plan = Plan([d.index for d in datasets], job.data.weights, job.data.plan, frozenset(state.skipped))
+    if world.is_main:
+        save_job(job, run_dir)
+    return Trainer(
+        config=job.train,
+        seed=job.seed,
+        world=world,
+        engine=engine,
+        objective=objective,
+        batches=Loader(datasets, plan, world.rank, world.size, state.step, job.data.loader),
+        learning_rate=lambda step: learning_rate(step, job.optim),
+        metrics=Metrics(world, world.device, peak_of(world, job)),
+        checkpoints=checkpoints,
+        state=state,
+        ema=ema,
+        sinks=open_sinks(
+            job.sinks,
+            run_dir,
+            step=state.step,
+            max_steps=job.train.max_steps,
+            settings=settings,
+            is_main=world.is_main,
+        ),
+        evaluators=evaluators(job, heldout, marker, world),
+        records=BadRecords(job.data.loader.bad_fraction),
+        job=settings,
+        flops=lambda batch: training_flops(
+            config, batch_load(batch, config, job.model.text_tokens), frozen_base=job.lora is not None
+        ),
+    )
+
+
+def check_streams(job: "TrainJob") -> None:
+    """Raises `ConfigError` when the objective runs a stream that the model is built without."""
+    from ltx2_train.errors import ConfigError
+
+    built, asked = ({str(s.value) for s in streams} for streams in (job.model.streams, job.objective.streams))
+    if missing := asked - built:
+        raise ConfigError(
+            f"objective.streams={sorted(asked)}: the model has no {', '.join(sorted(missing))} stream "
+            f"(model.streams={sorted(built)}). Make them agree"
+        )
+
+
+def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":
+    """The datasets to train on and to evaluate on. Raises `DataError` when they do not fit each other or the model."""
+    from ltx2_train.data.datasets import check_compatible, check_mixture, open_dataset
+
+    training = [open_dataset(dataset.path, job.data.store) for dataset in job.data.datasets]
+    heldout = [open_dataset(path, job.data.store) for path in job.evaluation.datasets]
+    check_mixture([*training, *heldout])
+    check_compatible(
+        training[0].location,
+        training[0].manifest,
+        against=f"the model {job.model.weights or job.model.name}",
+        video_text_width=config.video_connector_width,
+        audio_text_width=config.audio_connector_width,
+    )
+    return training, heldout
+
+
+def open_engine(job: "TrainJob", world: "World") -> "Engine":
+    """The model, with adapters if there are any, sharded and filled."""
+    from ltx2_train.distributed.build import build_engine
+    from ltx2_train.model.build import initial_weights
+
+    return build_engine(
+        lambda: build(job), lambda model: initial_weights(model, job.model, job.seed), job.engine, world
+    )
+
+
+def build(job: "TrainJob") -> "nn.Module":
+    """The module whose weights the job trains, without values."""
+    from ltx2_train.model.build import build_model
+
+    model = build_model(job.model)
+    if job.lora is None:
+        return model
+    from ltx2_train.model.lora import add_lora
+
+    return add_lora(model, job.lora)
+
+
+def resume(job: "TrainJob", checkpoints: "Checkpointer", engine: "Engine", ema: "Ema | None") -> "Restored | None":
+    """What the run goes on from, loaded; None at a start.
+
+    Raises `CheckpointError` when there is a checkpoint that does not fit, `ConfigError` when there should be none.
+    """
+    from ltx2_train.errors import CheckpointError, ConfigError
+    from ltx2_train.train.checkpoint import newest_complete
+
+    template = ema.state() if ema is not None else {}
+    wish, directory = job.train.resume, None
+    if wish == "never":
+        if newest_complete(Path(job.train.run_dir)) is not None:
+            raise ConfigError(
+                f"train.resume=never, but {job.train.run_dir} holds checkpoints. Name another train.run_dir"
+            )
+        return None
+    if wish != "auto":
+        directory = Path(wish) if not (Path(wish) / "checkpoints").is_dir() else newest_complete(Path(wish))
+        if directory is None or not directory.is_dir():
+            raise CheckpointError(
+                f"train.resume={wish}: no checkpoint there. Name a step-... directory or a run directory"
+            )
+    restored = checkpoints.load(engine, template, directory)
+    if restored is not None and ema is not None:
+        ema.restore(restored.state)
+    return restored
+
+
+def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]") -> dict[str, Any]:
+    """The settings that define the run. Datasets are known by the hashes of their shards, wherever they lie."""
+    from ltx2_train.cli.schema import plain
+    from ltx2_train.train.optim import Schedule
+    from ltx2_train.train.state import defining_settings
+
+    settings = defining_settings(plain(job))
+    if job.optim.schedule is Schedule.constant:  # such a run may be made longer
+        for name in ("total_steps", "decay_start", "floor"):
+            del settings[f"optim.{name}"]
+    for i, dataset in enumerate(datasets):
+        shards = json.dumps(dataset.manifest.shards, sort_keys=True)
+        settings[f"data.datasets.{i}.shards"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
+    return settings
+
+
+def peak_of(world: "World", job: "TrainJob") -> float | None:
+    """The device's bf16 peak, where it is known and where that is what the model computes in."""
+    import torch
+
+    from ltx2_train.distributed.engine import Precision
+    from ltx2_train.train.throughput import peak_flops
+
+    if world.device.type != "cuda" or job.engine.precision is not Precision.bf16:
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device))
+
+
+def evaluators(
+    job: "TrainJob", datasets: "Sequence[LatentDataset]", marker: bool, world: "World"
+) -> "dict[str, Evaluator]":
+    """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own."""
+    from ltx2_train.evals.heldout import Heldout, heldout_evaluator
+    from ltx2_train.evals.samples import Samples, samples_evaluator
+
+    settings, weights = job.evaluation, "ema" if job.ema is not None else "raw"
+    found: dict[str, Evaluator] = {}
+    for i, dataset in enumerate(datasets):
+        place, suffix = Path(job.train.run_dir), ""
+        if i:
+            suffix = f"_{i}"
+            place = place / "evals" / f"dataset{suffix}"
+        if settings.heldout is not None:
+            measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
+            found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights)
+        if settings.samples is not None:
+            samples = Samples(dataset, _sampling(job, dataset, marker), _codecs(dataset), settings.samples, world)
+            found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)
+    return found
+
+
+def _plain_objective(job: "TrainJob", marker: bool) -> Any:
+    """Generation from text of the streams that are trained: nothing given, no caption dropped."""
+    from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
+
+    return Objective(ObjectiveConfig(streams=list(job.objective.streams)), None, marker)
+
+
+def _sampling(job: "TrainJob", dataset: "LatentDataset", marker: bool) -> Any:
+    from ltx2_train.diffusion.profiles import profile
+    from ltx2_train.evals.samples import Sampling
+
+    return Sampling(profile=profile(job.evaluation.profile), negative=dataset.null_text, keyframe_marker=marker)
+
+
+def _codecs(dataset: "LatentDataset") -> Any:
+    """The codecs that the dataset was encoded with."""
+    from ltx2_train.codecs import build_audio_codec, build_video_codec
+    from ltx2_train.evals.samples import Codecs
+
+    return Codecs(build_video_codec(dataset.manifest.video_codec), build_audio_codec(dataset.manifest.audio_codec))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

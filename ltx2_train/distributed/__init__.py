@@ -1,0 +1,1 @@
+"""Ranks and engines: the only home of torch.distributed in the library."""

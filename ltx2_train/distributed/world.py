@@ -1,0 +1,93 @@
+"""The ranks of a run: who they are, and the few things they tell each other."""
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the processes of the run. Every method is called by all ranks together."""
+
+    rank: int
+    size: int
+    local_rank: int  # place on this machine: the number of its GPU
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on all of them, on the tensor's device; the host does not wait for it."""
+        if self.size == 1:
+            return tensor
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's value, pickled to the others."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value in the order of ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.size > 1:
+            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+
+def init_world(timeout_seconds: float = 1800) -> World:
+    """Joins the process group that torchrun's environment describes; without one, a group of this process alone.
+
+    Called again it describes the group that is there. `timeout_seconds`: how long a collective may hang.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join(device, timedelta(seconds=timeout_seconds))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def close_world() -> None:
+    """Leaves the group, after all ranks have come to this point. Belongs into a `finally`.
+
+    A rank that leaves the group early dies at exit on some systems (SIGABRT), hence the barrier. While an exception is
+    in flight there is none: the other ranks may never come.
+    """
+    if not dist.is_initialized():
+        return
+    if sys.exc_info()[0] is None and dist.get_world_size() > 1:
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+    dist.destroy_process_group()

@@ -1,0 +1,204 @@
+"""Held-out loss: fixed clips, fixed noise, fixed sigmas. The same numbers on any number of ranks."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ltx2_train.batch import Batch, collate
+from ltx2_train.data.datasets import LatentDataset
+from ltx2_train.diffusion.objective import Objective
+from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.evals.files import write_json
+from ltx2_train.record import Bucket
+from ltx2_train.rng import BatchRng, derive_seed
+
+MODALITIES = ("video", "audio")
+Z_95 = 1.96  # half-width of a 95 % interval in standard errors
+
+
+class WorldLike(Protocol):
+    """What of the ranks is needed here."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def all_sum(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class HeldoutConfig:
+    """What is measured. Two measurements can be compared when all of this is the same."""
+
+    clips: int = 32
+    """Clips of the held-out split, spread evenly over it."""
+    batch_size: int = 8
+    """Clips per forward; the result does not depend on it beyond rounding."""
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    """Noise levels, the same for both streams."""
+    seed: int = 0
+    """Seed of the noise; that of a clip follows from its key alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluation.heldout.{name}={getattr(self, name)}: must be >= 1")
+        if not self.sigmas or not all(0 < sigma <= 1 for sigma in self.sigmas):
+            raise ConfigError(f"evaluation.heldout.sigmas={self.sigmas}: need at least one, each in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over clips with its 95 % interval (normal approximation)."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Estimate":
+        """From one value per clip (N,); NaN stands for a clip without that modality and is left out."""
+        seen = values[values.isfinite()].double()
+        if not len(seen):
+            return cls(math.nan, math.nan, math.nan, 0)
+        half = Z_95 * float(seen.std()) / math.sqrt(len(seen)) if len(seen) > 1 else math.nan
+        mean = float(seen.mean())
+        return cls(mean, mean - half, mean + half, len(seen))
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {name: x if math.isfinite(x) else None for name, x in numbers.items()} | {"count": self.count}
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutLosses:
+    """Losses (clips, sigmas) fp64 per modality; NaN where a clip lacks it."""
+
+    keys: tuple[str, ...]
+    sigmas: tuple[float, ...]
+    video: Tensor
+    audio: Tensor
+
+    def mean(self, modality: str) -> Estimate:
+        """Over clips, of each clip's mean over sigmas."""
+        return Estimate.of(getattr(self, modality).mean(dim=1))
+
+    def by_sigma(self, modality: str) -> list[Estimate]:
+        return [Estimate.of(column) for column in getattr(self, modality).unbind(1)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file, each clip's losses included, so that two measurements can be paired."""
+        plain: dict[str, Any] = {"clips": len(self.keys), "sigmas": list(self.sigmas), "keys": list(self.keys)}
+        for modality in MODALITIES:
+            values = getattr(self, modality)
+            plain[modality] = {
+                "mean": self.mean(modality).to_dict(),
+                "by_sigma": [estimate.to_dict() for estimate in self.by_sigma(modality)],
+                "per_clip": [x if math.isfinite(x) else None for x in values.mean(dim=1).tolist()],
+            }
+        return plain
+
+
+class Heldout:
+    """Measures a model on held-out clips. Called by all ranks together; every rank runs the same number of forwards.
+
+    The clips are cut into micro-batches of one bucket, whatever the number of ranks; ranks take them in turn, and one
+    that has none left repeats the first without counting it.
+    """
+
+    def __init__(self, dataset: LatentDataset, objective: Objective, config: HeldoutConfig, world: WorldLike) -> None:
+        self.dataset, self.objective, self.config, self.world = dataset, objective, config, world
+        self.indices = spread(len(dataset), config.clips, dataset.location)
+        self.groups = by_bucket(self.indices, dataset.index.bucket, config.batch_size)
+
+    @torch.no_grad()
+    def measure(self, model: Callable[..., Any]) -> HeldoutLosses:
+        """The losses of `model`, the same numbers on all ranks."""
+        sums = torch.zeros(3, len(self.indices), len(self.config.sigmas), dtype=torch.float64)
+        rows = {index: row for row, index in enumerate(self.indices)}
+        for turn in range(math.ceil(len(self.groups) / self.world.size)):
+            place = turn * self.world.size + self.world.rank
+            group = self.groups[place] if place < len(self.groups) else self.groups[0]
+            losses = self._losses(model, group)
+            if place < len(self.groups):
+                sums[:, [rows[index] for index in group]] = losses
+        video, audio, has = self.world.all_sum(sums.to(self.world.device)).cpu()
+        has_video, has_audio = has.long() & 1 > 0, has.long() & 2 > 0
+        return HeldoutLosses(
+            keys=tuple(self.dataset.index.key(index) for index in self.indices),
+            sigmas=tuple(self.config.sigmas),
+            video=video.where(has_video, math.nan),
+            audio=audio.where(has_audio, math.nan),
+        )
+
+    def _losses(self, model: Callable[..., Any], group: Sequence[int]) -> Tensor:
+        """(3, clips, sigmas) fp64: video and audio losses, and which of them are there (1 video + 2 audio)."""
+        batch, rng = self._batch(group)
+        columns = []
+        for sigma in self.config.sigmas:
+            losses = self.objective(model, batch, rng, sigma=sigma)
+            columns.append(torch.stack([losses.video, losses.audio, losses.has_video + 2 * losses.has_audio]))
+        return torch.stack(columns, dim=-1).double().cpu()
+
+    def _batch(self, group: Sequence[int]) -> tuple[Batch, BatchRng]:
+        """The clips of a group, and noise that follows from their keys."""
+        samples = [self.dataset.read(index) for index in group]
+        batch = collate(samples, range(len(samples)), samples[0].bucket).to(self.world.device)
+        return batch, BatchRng(self.config.seed, 0, [derive_seed("heldout", sample.key) for sample in samples])
+
+
+def spread(available: int, wanted: int, name: str) -> list[int]:
+    """`wanted` numbers below `available`, evenly spread: all of them when there are no more."""
+    if available < 1:
+        raise DataError(f"{name} holds no samples to evaluate on. Encode a held-out split with data_prep.encode")
+    count = min(available, wanted)
+    return [i * available // count for i in range(count)]
+
+
+def by_bucket(indices: Sequence[int], bucket_of: Callable[[int], Bucket], size: int) -> list[list[int]]:
+    """The indices in groups of at most `size` that share a bucket, in the order of buckets."""
+    buckets: dict[Bucket, list[int]] = {}
+    for index in indices:
+        buckets.setdefault(bucket_of(index), []).append(index)
+    return [group[i : i + size] for _, group in sorted(buckets.items()) for i in range(0, len(group), size)]
+
+
+def heldout_path(directory: Path, step: int) -> Path:
+    """Where a run directory keeps the held-out losses of a step."""
+    return directory / "evals" / f"heldout-{step:08d}.json"
+
+
+def heldout_evaluator(
+    heldout: Heldout, directory: Path, *, weights: str = "ema"
+) -> Callable[[Callable[..., Any], int], dict[str, Any]]:
+    """For the trainer: measures, writes `evals/heldout-STEP.json` on the first rank, and gives the event's figures."""
+
+    def evaluate(model: Callable[..., Any], step: int) -> dict[str, Any]:
+        losses = heldout.measure(model)
+        if heldout.world.rank == 0:
+            write_json(heldout_path(directory, step), {"step": step, weights: losses.to_dict()}, update=True)
+        return {"weights": weights} | {f"loss_{m}": losses.mean(m).to_dict()["mean"] for m in MODALITIES}
+
+    return evaluate
+
+
+def paired_change(before: dict[str, Any], after: dict[str, Any], modality: str) -> Estimate | None:
+    """Mean difference after - before over the clips that both measurements have; None if they cannot be compared.
+
+    The noise being the same, a clip's own difficulty drops out, and the interval is far narrower than that of either.
+    """
+    if before["sigmas"] != after["sigmas"] or before["keys"] != after["keys"]:
+        return None
+    pairs = zip(before[modality]["per_clip"], after[modality]["per_clip"], strict=True)
+    return Estimate.of(torch.tensor([b - a for a, b in pairs if a is not None and b is not None], dtype=torch.float64))

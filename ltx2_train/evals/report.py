@@ -1,0 +1,355 @@
+"""One page that tells what a run did: curves, held-out losses, samples with sound. It needs no other file."""
+
+import base64
+import json
+import logging
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltx2_train.errors import DataError
+from ltx2_train.evals.charts import Mark, Series, bars, line_chart, number, waveform
+from ltx2_train.evals.heldout import MODALITIES, paired_change
+
+log = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+CONFIG_NAME = "config.yaml"
+REPORT_NAME = "report.html"
+SIGMA_GROUPS = 5  # the ten bins of the metrics, two by two: enough points in each for a readable curve
+CURVE_POINTS = 80  # windows that a run is averaged over for the sigma curves
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What a run directory holds for the report. `heldout` is in order of steps; media lie in `samples_directory`."""
+
+    directory: Path
+    config: str
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    heldout: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[str, Any] | None = None
+    samples_directory: Path | None = None
+
+
+def read_run(directory: Path) -> RunRecord:
+    """The run's metrics, evaluations and newest samples. Raises `DataError` when there are no metrics."""
+    path = directory / METRICS_NAME
+    if not path.exists():
+        raise DataError(f"{path} is missing: {directory} is no run directory. Give the directory that ltx2-train wrote")
+    lines = list(_json_lines(path))
+    sampled = max(directory.glob("evals/samples-*/samples.json"), default=None)
+    config = directory / CONFIG_NAME
+    return RunRecord(
+        directory=directory,
+        config=config.read_text() if config.exists() else "",
+        steps=_last_of_each_step([line for line in lines if "event" not in line]),
+        events=[line for line in lines if "event" in line],
+        heldout=[json.loads(p.read_text()) for p in sorted(directory.glob("evals/heldout-*.json"))],
+        samples=json.loads(sampled.read_text()) if sampled else None,
+        samples_directory=sampled.parent if sampled else None,
+    )
+
+
+def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """Every whole line; a run that was killed can leave half a line at the end of its file, or of each of its lives."""
+    for line_number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            log.warning("%s:%d is not a whole line of JSON and is left out of the report", path, line_number)
+
+
+def _last_of_each_step(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per step, in order: a resumed run repeats the steps after its checkpoint."""
+    by_step = {line["step"]: line for line in lines}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def write_report(directory: Path, path: Path | None = None) -> Path:
+    """Write the page of the run in `directory` (to `directory/report.html`) and return where it lies."""
+    import jinja2
+
+    run = read_run(directory)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ltx2_train.evals", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["loss"] = loss_text
+    page = environment.get_template("report.html.j2").render(
+        title=directory.resolve().name,
+        facts=_facts(run),
+        tiles=headline(run) + _wait_tile(run),
+        samples=_samples(run),
+        heldout=_heldout(run),
+        curves=_curves(run),
+        events=_bad_records(run),
+        config=run.config,
+    )
+    path = path or directory / REPORT_NAME
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page)
+    partial.replace(path)
+    return path
+
+
+# -- header ------------------------------------------------------------------------------------------------------------
+
+
+def _facts(run: RunRecord) -> list[str]:
+    """The line under the title."""
+    if not run.steps:
+        return ["no step was logged"]
+    last = run.steps[-1]
+    facts = [f"{last['step']:,} steps", duration(last["time"])]
+    rates = _column(run.steps, "tokens_per_second")
+    return facts + ([f"{number(statistics.median(rates))} tokens/s"] if rates else [])
+
+
+def headline(run: RunRecord) -> list[dict[str, str]]:
+    """The figures that come first: what was learned, and whether picture and sound agree."""
+    tiles = []
+    first, last = _before_and_after(run)
+    if last:
+        for modality in MODALITIES:
+            after = last[modality]["mean"]
+            tile = {"label": f"held-out loss, {modality}", "value": f"{after['mean']:.3f}", "style": modality}
+            if first is not last and first:
+                before = first[modality]["mean"]["mean"]
+                tile["note"] = f"from {before:.3f}: {change(before, after['mean'])}"
+            tiles.append(tile)
+    samples = run.samples or {}
+    if samples.get("sync"):
+        sampled = samples["sync"]["sampled"]
+        note = f"chance {figure(sampled['chance'])}, ±{sampled['tolerance_ms']:.0f} ms, {samples['count']} clips"
+        value = f"{sampled['f1']:.2f}"
+        tiles.append({"label": "sound meets picture (onset F1)", "value": value, "note": note, "style": "ink"})
+    return tiles
+
+
+def _wait_tile(run: RunRecord) -> list[dict[str, str]]:
+    waits, steps = _column(run.steps, "data_seconds"), _column(run.steps, "step_seconds")
+    if not sum(steps):
+        return []
+    share = f"{100 * sum(waits) / sum(steps):.1f}%"
+    return [{"label": "waiting for data", "value": share, "note": "of the time of a step", "style": "ink"}]
+
+
+def loss_text(estimate: dict[str, Any]) -> str:
+    """A mean with the half-width of its interval; what is missing is left out."""
+    if estimate["mean"] is None:
+        return "–"
+    half = f" ± {(estimate['high'] - estimate['low']) / 2:.4f}" if estimate["low"] is not None else ""
+    return f"{estimate['mean']:.4f}{half}"
+
+
+def change(before: float, after: float) -> str:
+    """How much `after` lies below or above `before`, in words."""
+    percent = 100 * (after - before) / before if before else 0.0
+    return f"{abs(percent):.0f}% {'lower' if percent < 0 else 'higher'}"
+
+
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _column(lines: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [line[key] for line in lines if isinstance(line.get(key), int | float)]
+
+
+# -- held-out loss -----------------------------------------------------------------------------------------------------
+
+
+def _before_and_after(run: RunRecord) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The best-known weights (EMA where there are any) of the first and of the last evaluation."""
+    found = [entry.get("ema") or entry["raw"] for entry in run.heldout]
+    return (found[0], found[-1]) if found else (None, None)
+
+
+def _heldout(run: RunRecord) -> dict[str, Any] | None:
+    """Table rows and a chart per modality, before against after."""
+    first, last = _before_and_after(run)
+    if not first or not last:
+        return None
+    rows = [_heldout_row(e["step"], w, e[w], first) for e in run.heldout for w in ("raw", "ema") if e.get(w)]
+    return {"rows": rows, "clips": last["clips"], "charts": [_heldout_chart(m, first, last) for m in MODALITIES]}
+
+
+def _heldout_row(step: int, weights: str, losses: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """Losses of one measurement, and how they differ from the first, clip by clip."""
+    row: dict[str, Any] = {"step": step, "weights": weights}
+    for modality in MODALITIES:
+        paired = paired_change(first, losses, modality) if losses is not first else None
+        text = (
+            f"{paired.mean:+.4f} ± {(paired.high - paired.low) / 2:.4f}".replace("-", "−")
+            if paired and paired.count > 1
+            else ""
+        )
+        row[modality] = {**losses[modality]["mean"], "change": text}
+    return row
+
+
+def _heldout_chart(modality: str, first: dict[str, Any], last: dict[str, Any]) -> dict[str, str]:
+    def line(losses: dict[str, Any], name: str, style: str) -> Series:
+        rows = losses[modality]["by_sigma"]
+        values = {key: [row[key] for row in rows] for key in ("mean", "low", "high")}
+        return Series(name, losses["sigmas"], values["mean"], style, values["low"], values["high"])
+
+    lines = [line(last, "after", modality)]
+    if first is not last:
+        lines.insert(0, line(first, "before", "before"))
+    return {
+        "title": f"{modality}, by sigma",
+        "svg": line_chart(lines, x_label="sigma (1 = noise)", y_label="held-out loss"),
+    }
+
+
+# -- training curves ---------------------------------------------------------------------------------------------------
+
+
+def _curves(run: RunRecord) -> list[dict[str, str]]:
+    """All charts of the training itself; those without data are left out."""
+    step = "step"
+    losses = [s for m in MODALITIES for s in _loss_lines(run.steps, m)]
+    charts = [("Training loss", line_chart(losses, x_label=step, y_label="loss"))]
+    for modality in MODALITIES:
+        lines = _sigma_lines(run.steps, modality)
+        charts.append((f"Training loss by sigma, {modality}", line_chart(lines, x_label=step, y_label="loss")))
+    for title, key, unit in (
+        ("Gradient norm before clipping", "grad_norm", "norm"),
+        ("Learning rate", "lr", "rate"),
+        ("Throughput", "tokens_per_second", "tokens/s"),
+    ):
+        charts.append((title, line_chart(_plain_line(run.steps, key), x_label=step, y_label=unit)))
+    charts.append(("Seconds per step", line_chart(_time_lines(run.steps), x_label=step, y_label="s")))
+    return [{"title": title, "svg": svg} for title, svg in charts if svg]
+
+
+def _loss_lines(lines: Sequence[dict[str, Any]], modality: str) -> list[Series]:
+    """The loss as logged, faint, under its running mean."""
+    found = _plain_line(lines, f"loss_{modality}")
+    return [
+        line
+        for one in found
+        for line in (
+            Series("", one.x, one.y, f"{modality} raw", faint=True),
+            Series(modality, one.x, smooth(one.y), modality),
+        )
+    ]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over centred windows of a thirtieth of the run: no lag, and a constant stays what it is."""
+    half = len(values) // 60
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _sigma_lines(lines: Sequence[dict[str, Any]], modality: str) -> list[Series]:
+    """Mean loss of each group of sigma bins over windows of steps."""
+    binned = [(line["step"], line["sigma_bins"][modality]) for line in lines if modality in line.get("sigma_bins", {})]
+    if not binned:
+        return []
+    window = max(1, math.ceil(len(binned) / CURVE_POINTS))
+    chunks = [binned[i : i + window] for i in range(0, len(binned), window)]
+    per_group = len(binned[0][1]) // SIGMA_GROUPS
+    series = []
+    for group in range(SIGMA_GROUPS):
+        bounds = range(group * per_group, (group + 1) * per_group)
+        points = [(chunk[-1][0], _weighted_mean([bins[b] for _, bins in chunk for b in bounds])) for chunk in chunks]
+        seen = [(x, y) for x, y in points if y is not None]
+        name = f"{group / SIGMA_GROUPS:.1f}–{(group + 1) / SIGMA_GROUPS:.1f}"
+        if seen:
+            series.append(Series(name, [x for x, _ in seen], [y for _, y in seen], f"{modality} level{group}"))
+    return series
+
+
+def _weighted_mean(counts_and_means: Sequence[Sequence[float]]) -> float | None:
+    pairs = [(count, mean) for count, mean in counts_and_means if count]
+    return sum(c * m for c, m in pairs) / sum(c for c, _ in pairs) if pairs else None
+
+
+def _plain_line(lines: Sequence[dict[str, Any]], key: str) -> list[Series]:
+    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    return [Series(key, [x for x, _ in points], [y for _, y in points], "ink")] if points else []
+
+
+def _time_lines(lines: Sequence[dict[str, Any]]) -> list[Series]:
+    names = {"step_seconds": ("whole step", "ink"), "data_seconds": ("waiting for data", "audio")}
+    found = [(one, *names[key]) for key in names for one in _plain_line(lines, key)]
+    return [Series(name, one.x, one.y, style) for one, name, style in found]
+
+
+def _bad_records(run: RunRecord) -> list[dict[str, Any]]:
+    return [event for event in run.events if event["event"] == "bad_record"]
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: RunRecord) -> dict[str, Any] | None:
+    """Cards of the shown clips, sync figures and the contact sheet, with all media inside the page."""
+    if run.samples is None or run.samples_directory is None:
+        return None
+    found, directory = run.samples, run.samples_directory
+    shown = [clip for clip in found["clips"] if clip.get("sampled", {}).get("media")]
+    sheet = directory / found["sheet"] if found.get("sheet") else None
+    return {
+        **{key: found.get(key) for key in ("step", "weights", "profile", "count")},
+        "clips": [_card(clip, directory) for clip in shown],
+        "sync": _sync(found.get("sync")),
+        "sheet": data_uri(sheet) if sheet else None,
+    }
+
+
+def _card(clip: dict[str, Any], directory: Path) -> dict[str, Any]:
+    sides = [
+        _side(clip[name], title, directory)
+        for name, title in (("sampled", "sampled"), ("real", "real"))
+        if clip.get(name)
+    ]
+    return {"caption": clip["caption"], "seed": clip.get("seed"), "sides": sides}
+
+
+def _side(side: dict[str, Any], title: str, directory: Path) -> dict[str, Any]:
+    marks = [
+        Mark(t, style) for name, style in (("impacts", "impact"), ("onsets", "onset")) for t in side.get(name) or []
+    ]
+    return {
+        "title": title,
+        "video": data_uri(directory / side["media"]),
+        "strip": data_uri(directory / side["strip"]) if side.get("strip") else None,
+        "mel": data_uri(directory / side["mel"]) if side.get("mel") else None,
+        "waveform": waveform(side["peaks"], side["seconds"], marks) if side.get("peaks") else "",
+        "seconds": side["seconds"],
+    }
+
+
+def _sync(sync: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not sync:
+        return None
+    sampled, real = sync["sampled"], sync["real"]
+    rows = [("sampled", sampled["f1"], sampled.get("low"), sampled.get("high"), "ink")]
+    if sampled["chance"] is not None:
+        rows.append(("chance", sampled["chance"], None, None, "before"))
+    rows.append(("real, through the codec", real["f1"], real.get("low"), real.get("high"), "before"))
+    table = [{"name": name, **sync[name], "chance": figure(sync[name]["chance"])} for name in ("sampled", "real")]
+    return {"svg": bars(rows), "rows": table, "tolerance_ms": sampled["tolerance_ms"]}
+
+
+MIME_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
+
+
+def data_uri(path: Path) -> str:
+    """The file as text that a page can hold. Raises `DataError` when it is gone."""
+    if not path.exists():
+        raise DataError(f"{path} is named by samples.json but missing. Run ltx2-evaluate for this run again")
+    return f"data:{MIME_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

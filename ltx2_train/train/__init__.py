@@ -1,0 +1,1 @@
+"""The loop and what it keeps: state, learning rate, averages, metrics, checkpoints."""

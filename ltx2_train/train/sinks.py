@@ -1,0 +1,214 @@
+"""Where records go: the console, a file of JSON lines, Weights & Biases. A sink has `log(record)` and `close()`."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class WandbMode(StrEnum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+class Sink(Protocol):
+    def log(self, record: dict[str, Any]) -> None:
+        """Takes one record: numbers of a step, or an event (`record["event"]`)."""
+
+    def close(self) -> None:
+        """Writes out what is left."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SinksConfig:
+    """Where the run's numbers go. The JSON lines in run_dir/metrics.jsonl are always written."""
+
+    console: bool = True
+    """Progress bar on a terminal, one line per record elsewhere."""
+    wandb: bool = True
+    """Also a Weights & Biases run under run_dir/wandb."""
+    wandb_mode: WandbMode = WandbMode.offline
+    """offline (nothing leaves the machine; `wandb sync` uploads later), online or disabled."""
+    wandb_project: str = "ltx2_train"
+    """Project that the run belongs to there."""
+    wandb_name: str | None = None
+    """Name of the run there. None: the run directory's name."""
+
+    def __post_init__(self) -> None:
+        self.wandb_mode = WandbMode(self.wandb_mode)
+
+
+def open_sinks(
+    config: SinksConfig, run_dir: Path, *, step: int, max_steps: int, settings: dict[str, Any], is_main: bool = True
+) -> list[Sink]:
+    """The sinks of this process: all that are asked for on the main rank, none elsewhere.
+
+    `step` is where the run goes on; what an earlier attempt logged after it is cut away.
+    """
+    if not is_main:
+        return []
+    sinks: list[Sink] = [JsonlSink(run_dir / METRICS_NAME, step=step)]
+    if config.wandb and config.wandb_mode is not WandbMode.disabled:
+        sinks.append(WandbSink(config, run_dir, settings))
+    if config.console:
+        sinks.append(ConsoleSink(step=step, max_steps=max_steps))
+    return sinks
+
+
+class JsonlSink:
+    """One JSON object per line, flushed at once, so that a killed run leaves all it had said."""
+
+    def __init__(self, path: Path, *, step: int = 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            keep_until(path, step)
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cuts a metrics file back to `step`: later lines and a half-written last line go, so that no curve runs twice."""
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # torn by a kill: not a record
+
+
+class ConsoleSink:
+    """A tqdm bar on a terminal; one log line per record where the output is a file or a pipe."""
+
+    def __init__(self, *, step: int, max_steps: int, stream: Any = None):
+        self.max_steps = max_steps
+        stream = stream or sys.stderr
+        self.bar = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=max_steps, initial=step, unit="step", file=stream, dynamic_ncols=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        if "event" in record:
+            self._say(event_line(record))
+        elif self.bar is None:
+            self._say(f"step {record['step']}/{self.max_steps}  {progress_line(record)}")
+        else:
+            self.bar.update(record["step"] - self.bar.n)
+            self.bar.set_postfix_str(progress_line(record))
+
+    def _say(self, line: str) -> None:
+        if self.bar is None:
+            logger.info(line)
+        else:
+            self.bar.write(line, file=self.bar.fp)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """Loss per modality, speed, step time and data wait, for the eye."""
+    losses = (("video", record["loss_video"]), ("audio", record["loss_audio"]))
+    parts = [f"{name} {loss:.4f}" for name, loss in losses if loss is not None]
+    parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
+    parts.append(f"step {record['step_seconds']:.2f} s, data {record['data_seconds']:.2f} s")
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    return "  ".join(parts)
+
+
+def event_line(record: dict[str, Any]) -> str:
+    """An event in one line: its name, its step and its plain values."""
+    values = [f"{k} {_short(v)}" for k, v in record.items() if k not in ("event", "step", "time") and _is_plain(v)]
+    return f"step {record['step']}  {record['event']}: " + ", ".join(values)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float) and value is not None
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class WandbSink:
+    """A Weights & Biases run. Its id is kept under run_dir, so that a resumed run goes on with the same curves."""
+
+    def __init__(self, config: SinksConfig, run_dir: Path, settings: dict[str, Any]):
+        import wandb
+
+        self.step = 0
+        self.run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.name,
+            id=_run_id(run_dir),
+            # Offline, an earlier run cannot be asked for; `wandb sync --append` joins runs of one id.
+            resume="allow" if config.wandb_mode is WandbMode.online else None,
+            mode=config.wandb_mode.value,
+            dir=str(run_dir),
+            config=settings,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        prefix = f"{record['event']}/" if "event" in record else ""
+        values = {k: v for k, v in record.items() if k not in ("event", "step")}
+        self.step = max(self.step, record["step"])  # an event may tell of an earlier step; steps there only grow
+        self.run.log({prefix + k: v for k, v in numbers(values)}, step=self.step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _run_id(run_dir: Path) -> str:
+    """The id of this run directory's run, made at the first call."""
+    path = run_dir / "wandb" / "run_id"
+    if not path.exists():
+        import uuid
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
+def numbers(values: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
+    """The finite numbers inside nested dicts and lists, with slashed names."""
+    if isinstance(values, bool | int | float):
+        if math.isfinite(values):
+            yield prefix, values
+    elif isinstance(values, dict | list | tuple):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in items:
+            yield from numbers(value, f"{prefix}/{name}" if prefix else str(name))
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinity as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

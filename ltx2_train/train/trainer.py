@@ -1,0 +1,305 @@
+"""The training loop and nothing else: when things happen. How is the affair of objective, engine and sinks."""
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltx2_train.batch import Batch
+from ltx2_train.data.loader import BadRecords
+from ltx2_train.diffusion.objective import Objective
+from ltx2_train.distributed.engine import Engine, StepResult
+from ltx2_train.distributed.world import World
+from ltx2_train.errors import ConfigError, DataError, NonFiniteError
+from ltx2_train.rng import BatchRng
+from ltx2_train.train.checkpoint import Checkpointer, Saved
+from ltx2_train.train.ema import Ema
+from ltx2_train.train.metrics import Metrics
+from ltx2_train.train.sinks import Sink
+from ltx2_train.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: saved after a signal; the same command goes on from there
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long, how often, and where to."""
+
+    run_dir: str
+    """Directory of the run: configuration, metrics, checkpoints, evaluations."""
+    max_steps: int = 1000
+    """Optimizer updates of the whole run, resumptions included."""
+    log_every: int = 10
+    """Steps between records; the first and the last step and every saved one are recorded too."""
+    save_every: int = 500
+    """Steps between checkpoints; 0: only at the end. A signal saves too."""
+    keep_last: int = 2
+    """Newest checkpoints that stay; older ones are removed once a newer one is complete. 0: all stay."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step stay for good; 0: none."""
+    eval_every: int = 0
+    """Steps between evaluations, each after the checkpoint of its step; 0: none on the way."""
+    evaluate_first: bool = False
+    """Evaluate before the first step, to have something to compare with."""
+    evaluate_last: bool = True
+    """Evaluate after the last step."""
+    strict_evaluation: bool = False
+    """True: an evaluation that fails ends the run. False: it is reported and training goes on."""
+    resume: str = "auto"
+    """auto: go on from the newest complete checkpoint in run_dir, if there is one; never: start at step 0 in an empty
+    run_dir; a path: go on from that checkpoint."""
+
+    def __post_init__(self) -> None:
+        least_values = {
+            "max_steps": 1,
+            "log_every": 1,
+            "save_every": 0,
+            "keep_last": 0,
+            "keep_every": 0,
+            "eval_every": 0,
+        }
+        for name, least in least_values.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be {least} or more")
+        if not self.resume:
+            raise ConfigError("train.resume is empty: auto, never or the path of a checkpoint")
+
+
+class Outcome(StrEnum):
+    DONE = "done"
+    STOPPED = "stopped"  # by a signal, after saving
+
+
+Evaluator = Callable[[Callable[..., Any], int], dict[str, Any]]  # (model, step) -> an event's fields; all ranks call it
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run. Built by the command line from parts that know nothing of each other."""
+
+    config: TrainConfig
+    seed: int
+    world: World
+    engine: Engine
+    objective: Objective
+    batches: Iterable[Sequence[Batch]]
+    """One list per step, from `state.step` on: this rank's micro-batches."""
+    learning_rate: Callable[[int], float]
+    metrics: Metrics
+    checkpoints: Checkpointer
+    state: TrainState = field(default_factory=TrainState)
+    ema: Ema | None = None
+    sinks: Sequence[Sink] = ()
+    evaluators: dict[str, Evaluator] = field(default_factory=dict)
+    records: BadRecords | None = None
+    """The limit on damaged records."""
+    job: dict[str, Any] = field(default_factory=dict)
+    """The run's configuration as plain values, kept in every checkpoint."""
+    flops: Callable[[Batch], float] = lambda batch: 0.0
+    """Floating-point operations of training on one micro-batch."""
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter() - self.state.seconds
+        self._bad_records: list[str] = []
+
+    def run(self) -> Outcome:
+        """Trains to `max_steps` or to a signal, and leaves a complete checkpoint.
+
+        Raises `NonFiniteError` naming the samples if a loss or gradient is not finite; nothing of the step is applied.
+        """
+        if self.config.evaluate_first and self.state.step == 0:
+            self.evaluate()
+        try:
+            self._run_steps()
+        except (NonFiniteError, DataError):  # all ranks have come to the same: what is being saved is completed
+            self._report_saved(self.checkpoints.wait())
+            raise
+        self._report_saved(self.checkpoints.wait())
+        return Outcome.STOPPED if self.state.step < self.config.max_steps else Outcome.DONE
+
+    def _run_steps(self) -> None:
+        config, batches, stop = self.config, iter(self.batches), False
+        with _Signals() as signals:
+            while self.state.step < config.max_steps and not stop:
+                self.train_step(batches)
+                stop = self._any(signals.received)
+                if stop or self._due(config.save_every):
+                    self.log()
+                    self.save()
+                elif self._due(config.log_every) or self.state.step == 1:
+                    self.log()
+                if not stop and self._due(config.eval_every, last=config.evaluate_last):
+                    self.evaluate()
+
+    def train_step(self, batches: Iterator[Sequence[Batch]]) -> None:
+        """One optimizer update over the micro-batches that the plan gives this rank."""
+        step, begin = self.state.step, time.perf_counter()
+        micro_batches = [batch.to(self.world.device) for batch in next(batches)]
+        data_seconds = time.perf_counter() - begin
+        rngs = [BatchRng(self.seed, step, batch.positions) for batch in micro_batches]
+        counts = self._counts(micro_batches, rngs)
+        values = []
+        for i, (batch, rng) in enumerate(zip(micro_batches, rngs, strict=True)):
+            losses = self.objective(self.engine.model, batch, rng)
+            self.engine.backward(spread_non_finite(losses.total(counts)), last=i == len(micro_batches) - 1)
+            self.metrics.record_losses(losses)
+            self._record_batch(batch)
+            values.append((losses.video.detach(), losses.audio.detach()))
+        lr = self.learning_rate(step)
+        result = self.engine.step(lr=lr)
+        self._check_applied(result, micro_batches, values)
+        if self.ema is not None:
+            self.ema.update(self.engine.shards())
+        seconds = time.perf_counter() - begin
+        self.metrics.record_step(seconds=seconds, data_seconds=data_seconds, grad_norm=result.norm, lr=lr)
+        self.state = self.state.after(steps=1)
+
+    def log(self) -> None:
+        """One record of the steps since the last one."""
+        record = self.metrics.flush()
+        self.state = self.state.after(samples=record["samples"], tokens=record["tokens"])
+        self._emit(record)
+        if record["bad_records"]:
+            self._report_bad_records()
+        self._report_saved(self.checkpoints.poll())
+
+    def save(self) -> None:
+        """A checkpoint of this step, written while training goes on."""
+        self.state = self.state.after(seconds=self._elapsed() - self.state.seconds)
+        self._report_saved(self.checkpoints.wait())
+        average = self.ema.state() if self.ema is not None else {}
+        self.checkpoints.save(self.state.step, self.engine, {"train": self.state.to_dict(), **average}, self.job)
+
+    def _report_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            size = round(saved.num_bytes / 2**20, 1)
+            event = {"event": "checkpoint", "step": saved.step, "path": str(saved.directory)}
+            self._emit(event | {"mib": size, "seconds": round(saved.seconds, 2)})
+
+    def evaluate(self) -> None:
+        """Runs every evaluator on the averaged weights; a failure is reported, and raised only if the run is strict."""
+        self._report_saved(self.checkpoints.wait())  # complete first: nothing that happens here can cost it
+        if not self.evaluators:
+            return
+        average = self.engine.swapped(self.ema.weights()) if self.ema is not None else contextlib.nullcontext()
+        with average, torch.no_grad():
+            for name, evaluator in self.evaluators.items():
+                try:
+                    self._emit({"event": name} | evaluator(self.engine.model, self.state.step))
+                except Exception as error:
+                    if self.config.strict_evaluation:
+                        raise
+                    logger.exception("evaluation %s failed at step %d; training goes on", name, self.state.step)
+                    message = f"{type(error).__name__}: {error}"
+                    self._emit({"event": "evaluation_failed", "name": name, "message": message})
+
+    def _counts(self, micro_batches: Sequence[Batch], rngs: Sequence[BatchRng]) -> Tensor:
+        """(2,) samples of the whole step, on all ranks, that have a video and an audio loss."""
+        counts = [self.objective.counts(batch, rng) for batch, rng in zip(micro_batches, rngs, strict=True)]
+        return self.world.all_sum(torch.stack(counts).sum(dim=0).to(self.world.device))
+
+    def _record_batch(self, batch: Batch) -> None:
+        self.metrics.record_batch(batch, self.flops(batch))
+        self._bad_records += [f"step {self.state.step + 1}: {message}" for message in batch.errors]
+        if self.records is not None:
+            self.records.add(batch)
+
+    def _report_bad_records(self) -> None:
+        """Every rank's bad records of the window, as events. Called on all ranks together."""
+        for message in self._gathered(self._bad_records):
+            self._emit({"event": "bad_record", "message": message})
+        self._bad_records = []
+        if self.records is not None:
+            self.records.check(self.world.all_sum(self.records.counts().to(self.world.device)))
+
+    def _check_applied(
+        self, result: StepResult, batches: Sequence[Batch], values: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """A gradient that is merely too large costs its step; one that is not finite ends the run."""
+        if result.applied:
+            return
+        if not math.isfinite(result.norm):
+            raise self._non_finite(batches, values)
+        keys = self._gathered([key for batch in batches for key in batch.keys])
+        self._emit({"event": "step_skipped", "grad_norm": result.norm, "keys": keys})
+
+    def _non_finite(self, batches: Sequence[Batch], values: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
+        """The error that names the samples, of all ranks, whose loss is not finite: or the step's, if none is."""
+        bad = [key for batch, pair in zip(batches, values, strict=True) for key in _bad_keys(batch.keys, *pair)]
+        named = self._gathered(bad)
+        what = "a loss is not finite"
+        if not named:
+            what = "the gradient is not finite though every loss is finite"
+            named = self._gathered([key for batch in batches for key in batch.keys])
+        self._emit({"event": "non_finite", "keys": named})
+        return NonFiniteError(
+            f"step {self.state.step + 1}: {what}; nothing was applied, the last checkpoint stays. "
+            f"Samples: {', '.join(named)}. Look at them with data_prep.show; leave them out with data.skip, "
+            "or lower optim.lr, and start the same command again"
+        )
+
+    def _gathered(self, mine: list[str]) -> list[str]:
+        """The lists of all ranks, in the order of ranks."""
+        return [item for items in self.world.gather_objects(mine) for item in items]
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank, so that all of them stop at the same step."""
+        if self.world.size == 1:
+            return flag
+        return bool(self.world.all_sum(torch.tensor([float(flag)], device=self.world.device)).item())
+
+    def _due(self, every: int, *, last: bool = True) -> bool:
+        if self.state.step >= self.config.max_steps:
+            return last
+        return every > 0 and self.state.step % every == 0
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.log({"step": self.state.step, "time": round(self._elapsed(), 3)} | record)
+
+
+def spread_non_finite(loss: Tensor) -> Tensor:
+    """The loss, with a NaN gradient if it is not finite.
+
+    A loss can overflow while its gradient stays finite. With this the gradient norm, which all ranks share and which
+    the engine checks anyway, tells of both, without another collective or a wait for the device.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+def _bad_keys(keys: Sequence[str], *losses: Tensor) -> list[str]:
+    finite = torch.stack([torch.isfinite(loss) for loss in losses]).all(dim=0).tolist()
+    return [key for key, fine in zip(keys, finite, strict=True) if not fine]
+
+
+class _Signals:
+    """Remembers SIGTERM and SIGUSR1 instead of dying of them, while the context lasts."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "_Signals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        logger.warning("%s: the step is finished and saved, then the run ends", signal.Signals(number).name)
+        self.received = True

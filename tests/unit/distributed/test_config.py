@@ -1,0 +1,43 @@
+"""The engine's settings and their bounds."""
+
+import pytest
+
+from ltx2_train.distributed.engine import AdamWConfig, EngineConfig, Precision, Recompute
+from ltx2_train.errors import ConfigError
+
+
+def test_names_become_enums():
+    config = EngineConfig(precision="bf16", recompute="every_n")
+    assert (config.precision, config.recompute) == (Precision.bf16, Recompute.every_n)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EngineConfig(grad_clip=0), r"engine\.grad_clip=0: must be above 0"),
+        (lambda: EngineConfig(skip_above=float("nan")), r"engine\.skip_above=nan"),
+        (lambda: EngineConfig(recompute_every=0), r"engine\.recompute_every=0: must be 1 or more"),
+        (lambda: EngineConfig(freeze=["a("]), r"engine\.freeze: 'a\(' is not a regular expression"),
+        (lambda: AdamWConfig(betas=[0.9]), r"engine\.optimizer\.betas=\[0\.9\]: two numbers"),
+        (lambda: AdamWConfig(eps=0), r"engine\.optimizer\.eps=0"),
+        (lambda: AdamWConfig(weight_decay=-1), r"engine\.optimizer\.weight_decay=-1"),
+    ],
+)
+def test_what_is_out_of_bounds_is_named(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_only_matrices_decay_and_no_table():
+    decays = AdamWConfig().decays
+    assert decays("transformer.transformer_blocks.0.attn1.to_q.weight", 2)
+    assert not decays("transformer.transformer_blocks.0.attn1.to_q.bias", 1)
+    assert not decays("transformer.transformer_blocks.0.attn1.q_norm.weight", 1)
+    for table in (
+        "transformer.scale_shift_table",
+        "transformer.transformer_blocks.3.audio_prompt_scale_shift_table",
+        "transformer.transformer_blocks.3.scale_shift_table_a2v_ca_video",
+        "transformer.keyframes_abs_pos_embedding",
+        "connectors.video_embeddings_connector.learnable_registers",
+    ):
+        assert not decays(table, 2)

@@ -1,0 +1,194 @@
+"""Directories of checkpoints without a model: what is complete, what is kept, what each error says."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ltx2_train.distributed.world import World
+from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.train.checkpoint import (
+    Checkpointer,
+    checkpoint_directory,
+    complete_checkpoints,
+    newest_complete,
+    read_manifest,
+    verify,
+)
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+class FileEngine:
+    """Saves its extra into one file, as slowly or badly as asked."""
+
+    def __init__(self, gate: threading.Event | None = None, failure: Exception | None = None) -> None:
+        self.gate, self.failure = gate, failure
+
+    def save(self, directory: Path, extra: dict[str, Any]) -> "FileSave":
+        directory.mkdir(parents=True, exist_ok=True)
+        return FileSave(directory / "data.json", json.dumps(extra), self)
+
+    def load(self, directory: Path, extra: dict[str, Any]) -> dict[str, Any]:
+        return json.loads((directory / "data.json").read_text())
+
+
+class FileSave:
+    num_bytes = 12345
+
+    def __init__(self, path: Path, content: str, engine: FileEngine) -> None:
+        self.path, self.content, self.engine = path, content, engine
+
+    def done(self) -> bool:
+        return self.path.exists()
+
+    def wait(self) -> None:
+        if self.engine.gate is not None:
+            assert self.engine.gate.wait(20)
+        if self.engine.failure is not None:
+            self.path.write_text(self.content[:3])
+            raise self.engine.failure
+        self.path.write_text(self.content)
+
+    def files(self) -> list[Path]:
+        return [self.path] if self.path.exists() else []
+
+
+def saved(run_dir: Path, *steps: int, **settings: Any) -> Checkpointer:
+    checkpoints = Checkpointer(run_dir, WORLD, **settings)
+    for step in steps:
+        checkpoints.save(step, FileEngine(), {"step": step}, {"seed": 1})
+        checkpoints.wait()
+    return checkpoints
+
+
+def test_a_checkpoint_is_invisible_until_it_is_complete(tmp_path):
+    gate = threading.Event()
+    checkpoints = Checkpointer(tmp_path, WORLD)
+    path = checkpoints.save(3, FileEngine(gate), {}, {})
+    assert path == checkpoint_directory(tmp_path, 3) == tmp_path / "checkpoints" / "step-00000003"
+    assert checkpoints.poll() is None
+    assert not path.exists()
+    assert newest_complete(tmp_path) is None
+    gate.set()
+    result = checkpoints.wait()
+    assert (result.step, result.directory) == (3, path)
+    assert newest_complete(tmp_path) == path
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_manifest_names_every_file_with_size_and_hash(tmp_path):
+    saved(tmp_path, 3, identity={"seed": 1})
+    directory = checkpoint_directory(tmp_path, 3)
+    manifest = read_manifest(directory)
+    assert manifest["step"] == 3
+    assert manifest["identity"] == {"seed": 1}
+    assert set(manifest["files"]) == {p.name for p in directory.iterdir()} - {"manifest.json"}
+    assert manifest["files"]["data.json"]["bytes"] == len('{"step": 3}')
+    assert json.loads((directory / "config.json").read_text()) == {"seed": 1}
+    verify(directory)
+
+
+def test_leftovers_of_a_killed_save_are_removed_and_never_read(tmp_path):
+    saved(tmp_path, 1)
+    partial = tmp_path / "checkpoints" / ".partial-step-00000002"
+    partial.mkdir()
+    (partial / "data.json").write_text("half")
+    assert newest_complete(tmp_path).name == "step-00000001"
+    Checkpointer(tmp_path, WORLD)
+    assert not partial.exists()
+
+
+def test_a_failed_save_says_what_it_needed_and_what_stays(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    checkpoints.save(2, FileEngine(failure=OSError(28, "No space left on device")), {}, {})
+    with pytest.raises(
+        CheckpointError, match=r"saving step 2 .*No space left.* needs 12,345 bytes and .*step-00000001, stays"
+    ):
+        checkpoints.wait()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoints.wait() is None, "told once"
+    assert saved(tmp_path, 2).load(FileEngine()).step == 2
+
+
+def test_a_failed_save_is_told_at_the_next_save_at_the_latest(tmp_path):
+    checkpoints = Checkpointer(tmp_path, WORLD)
+    checkpoints.save(1, FileEngine(failure=OSError("broken disk")), {}, {})
+    with pytest.raises(CheckpointError, match=r"broken disk.*There is no earlier checkpoint"):
+        checkpoints.save(2, FileEngine(), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(1, 0, [6]), (2, 0, [6, 5]), (1, 2, [6, 4, 2]), (2, 3, [6, 5, 3]), (0, 0, [6, 5, 4, 3, 2, 1])],
+)
+def test_retention(tmp_path, keep_last, keep_every, left):
+    saved(tmp_path, 1, 2, 3, 4, 5, 6, keep_last=keep_last, keep_every=keep_every)
+    assert [read_manifest(d)["step"] for d in complete_checkpoints(tmp_path)] == left
+
+
+def test_the_checkpoint_just_written_stays_though_others_have_higher_steps(tmp_path):
+    saved(tmp_path, 8, 9, 2, keep_last=1)
+    assert [read_manifest(d)["step"] for d in complete_checkpoints(tmp_path)] == [9, 2]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    checkpoints = saved(tmp_path, 4)
+    checkpoints.save(4, FileEngine(), {"step": 4, "again": True}, {})
+    checkpoints.wait()
+    assert checkpoints.load(FileEngine()).state == {"step": 4, "again": True}
+
+
+def test_nothing_to_go_on_from_is_none(tmp_path):
+    assert Checkpointer(tmp_path, WORLD).load(FileEngine()) is None
+
+
+def test_other_settings_are_listed_and_refused(tmp_path):
+    saved(tmp_path, 4, identity={"seed": 1, "model.name": "demo", "plan.budget": 10})
+    other = Checkpointer(tmp_path, WORLD, identity={"seed": 2, "model.name": "demo", "plan.budget": 20})
+    with pytest.raises(
+        CheckpointError, match=r"plan\.budget: 10 in the checkpoint, 20 now\n  seed: 1 in the checkpoint, 2"
+    ):
+        other.load(FileEngine())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda d: (d / "data.json").unlink(), "data.json: the file is missing"),
+        (lambda d: (d / "data.json").write_text("{}"), "data.json: 2 bytes, 11 were written"),
+        (lambda d: (d / "data.json").write_text('{"step": 5}'), "data.json: its SHA-256 is not that of the manifest"),
+        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: no readable manifest"),
+        (
+            lambda d: (d / "manifest.json").write_text(
+                (d / "manifest.json").read_text().replace('"step": 4', '"step": 6')
+            ),
+            "manifest.json: the manifest is damaged",
+        ),
+        (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json: no readable manifest"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, caplog, break_it, message):
+    checkpoints = saved(tmp_path, 3, 4)
+    broken = checkpoint_directory(tmp_path, 4)
+    break_it(broken)
+    with pytest.raises(CheckpointError, match=message):
+        verify(broken)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(FileEngine(), directory=broken)
+    assert checkpoints.load(FileEngine()).state == {"step": 3}
+    assert message in caplog.text
+
+
+def test_a_directory_that_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: no readable manifest"):
+        Checkpointer(tmp_path, WORLD).load(FileEngine(), directory=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
+def test_negative_retention_is_an_error(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name}=-1: must be 0 or more"):
+        Checkpointer(tmp_path, WORLD, **{name: -1})
