@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from ltx2_train.cli.schema import TrainJob, job_from_text
+from ltx2_train.cli.train import build
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.diffusion.profiles import SamplerProfile, profile
 from ltx2_train.distributed.fsdp2 import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.evals.samples import Codecs
-from ltx2_train.model.build import build_model
-from ltx2_train.model.lora import add_lora
 from ltx2_train.text import build_text_encoder
 from ltx2_train.text.encoder import TextEncoder
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
@@ -101,8 +100,7 @@ def load_trained(
 def _model(job: TrainJob, checkpoint: Path, weights: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Built without memory, then filled one tensor after another."""
     with torch.device("meta"):
-        model: nn.Module = build_model(job.model)
-        model = add_lora(model, job.lora) if job.lora is not None else model
+        model = build(job)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in saved_weights(checkpoint, averaged="ema" if weights == "ema" else None):

@@ -88,13 +88,16 @@ def bars(rows: Sequence[tuple[str, float, float | None, float | None, str]], *, 
     return "".join(parts) + "</svg>"
 
 
-def waveform(peaks: Sequence[float], seconds: float, marks: Sequence[Mark]) -> str:
-    """A mirrored outline of `peaks` (0..1, evenly spaced over `seconds`) with vertical marks; stretches to its box."""
-    n = max(len(peaks), 2)
-    upper = [f"{100 * i / (n - 1):.2f},{20 - 19 * min(p, 1.0):.2f}" for i, p in enumerate(peaks)]
-    lower = [f"{100 * i / (n - 1):.2f},{20 + 19 * min(p, 1.0):.2f}" for i, p in reversed(list(enumerate(peaks)))]
+def waveform(peaks: Sequence[float], seconds: float, marks: Sequence[Mark], loudest: float = 1.0) -> str:
+    """A mirrored outline of `peaks` (evenly spaced over `seconds`) with vertical marks; stretches to its box.
+
+    `loudest` fills the height; what is louder is cut.
+    """
+    n, heights = max(len(peaks), 2), [19 * min(peak / loudest, 1.0) for peak in peaks]
+    upper = [f"{100 * i / (n - 1):.2f},{20 - height:.2f}" for i, height in enumerate(heights)]
+    lower = [f"{100 * i / (n - 1):.2f},{20 + height:.2f}" for i, height in enumerate(heights)]
     parts = ['<svg class="wave" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" aria-label="waveform">']
-    parts.append(f'<polygon class="outline" points="{" ".join(upper + lower)}"/>')
+    parts.append(f'<polygon class="outline" points="{" ".join(upper + lower[::-1])}"/>')
     parts += [_mark(mark, seconds) for mark in marks]
     return "".join(parts) + "</svg>"
 

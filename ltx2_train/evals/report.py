@@ -20,6 +20,7 @@ METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.yaml"
 REPORT_NAME = "report.html"
 SIGMA_GROUPS = 5  # the ten bins of the metrics, two by two: enough points in each for a readable curve
+QUIET = 0.02  # amplitude: a waveform below this is not drawn any larger
 CURVE_POINTS = 80  # windows that a run is averaged over for the sigma curves
 
 
@@ -80,7 +81,7 @@ def write_report(directory: Path, path: Path | None = None) -> Path:
     )
     environment.filters["loss"] = loss_text
     page = environment.get_template("report.html.j2").render(
-        title=directory.resolve().name,
+        title="/".join(directory.resolve().parts[-2:]),
         facts=_facts(run),
         tiles=headline(run) + _wait_tile(run),
         samples=_samples(run),
@@ -311,25 +312,23 @@ def _samples(run: RunRecord) -> dict[str, Any] | None:
 
 
 def _card(clip: dict[str, Any], directory: Path) -> dict[str, Any]:
-    sides = [
-        _side(clip[name], title, directory)
-        for name, title in (("sampled", "sampled"), ("real", "real"))
-        if clip.get(name)
-    ]
-    return {"caption": clip["caption"], "seed": clip.get("seed"), "sides": sides}
+    """A sampled clip and the real one, drawn to one scale."""
+    sides = {name: clip[name] for name in ("sampled", "real") if clip.get(name)}
+    loudest = max(QUIET, *(peak for side in sides.values() for peak in side.get("peaks", [])), 0.0)
+    shown = [_side(side, name, directory, loudest) for name, side in sides.items()]
+    return {"caption": clip["caption"], "seed": clip.get("seed"), "sides": shown}
 
 
-def _side(side: dict[str, Any], title: str, directory: Path) -> dict[str, Any]:
-    marks = [
-        Mark(t, style) for name, style in (("impacts", "impact"), ("onsets", "onset")) for t in side.get(name) or []
-    ]
+def _side(side: dict[str, Any], title: str, directory: Path, loudest: float) -> dict[str, Any]:
+    events = (("impacts", "impact"), ("onsets", "onset"))
+    marks = [Mark(time, style) for name, style in events for time in side.get(name) or []]
+    pictures = {name: data_uri(directory / side[name]) if side.get(name) else None for name in ("strip", "mel")}
     return {
         "title": title,
         "video": data_uri(directory / side["media"]),
-        "strip": data_uri(directory / side["strip"]) if side.get("strip") else None,
-        "mel": data_uri(directory / side["mel"]) if side.get("mel") else None,
-        "waveform": waveform(side["peaks"], side["seconds"], marks) if side.get("peaks") else "",
+        "waveform": waveform(side["peaks"], side["seconds"], marks, loudest) if side.get("peaks") else "",
         "seconds": side["seconds"],
+        **pictures,
     }
 
 

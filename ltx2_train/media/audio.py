@@ -12,6 +12,10 @@ from ltx2_train.media.probe import MediaInfo, Source, opened, probe, sound_strea
 
 PREROLL = 0.25  # seconds decoded before a window, so that the decoder has settled when it begins
 JITTER = 0.01  # seconds by which time stamps may disagree with the count of samples before a gap is believed
+INEXACT_FORMATS = (
+    "mp3",
+    "aac",
+)  # bare streams: after a seek their time stamps are guesses, so they are never sought in
 SMALL_SEEK = 1.0  # seconds below which decoding from the start is cheaper than a seek
 
 
@@ -43,7 +47,7 @@ def read_audio(
 def _fill(window: NDArray[np.float32], container: Any, stream: Any, info: MediaInfo, start: float) -> None:
     """Write the decoded samples of the stream into `window` (channels, N) at the places their time stamps name."""
     rate, begin = info.sample_rate, info.origin + start
-    if start > SMALL_SEEK:
+    if start > SMALL_SEEK and container.format.name not in INEXACT_FORMATS:
         container.seek(int((begin - PREROLL) / float(stream.time_base)), stream=stream)
     cursor: int | None = None  # where the next sample belongs
     for frame in container.decode(stream):

@@ -134,6 +134,8 @@ class Trainer:
             while self.state.step < config.max_steps and not stop:
                 self.train_step(batches)
                 stop = self._any(signals.received)
+                if stop:
+                    logger.warning("told to stop: step %d is saved, then the run ends", self.state.step)
                 if stop or self._due(config.save_every):
                     self.log()
                     self.save()
@@ -301,5 +303,4 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        logger.warning("%s: the step is finished and saved, then the run ends", signal.Signals(number).name)
-        self.received = True
+        self.received = True  # and nothing else: a handler may interrupt a write to the log

@@ -42,6 +42,26 @@ def test_a_late_window_of_a_long_file_is_found_by_seeking(tmp_path):
     assert clicks_in(late.numpy(), RATE) == pytest.approx([CLICKS[0], CLICKS[0] + 0.5], abs=0.005)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp3", "mp3"), ("a.ogg", "libopus"), ("a.m4a", "aac"), ("a.aac", "aac")]
+)
+def test_a_late_window_is_that_part_of_the_whole_in_every_container(tmp_path, name, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} encoder to write the test's file with")
+    rate = 48000
+    sound = np.tile(click_waveform(0.8, rate=rate), (1, 8)) + np.linspace(-0.2, 0.2, 8 * 38400, dtype=np.float32)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    whole, _ = read_audio(tmp_path / name, duration=6.0)
+    late, found_rate = read_audio(tmp_path / name, start=4.0, duration=2.0)
+    assert found_rate == rate
+    assert clicks_in(late.numpy(), rate) == pytest.approx(clicks_in(whole[:, 4 * rate :].numpy(), rate), abs=0.001)
+
+
 def shifted(path, seconds: float):
     """A clip whose sound begins `seconds` after its picture (before it, if negative)."""
     with av.open(str(path), "w") as container:
