@@ -17,8 +17,9 @@ SOURCES := ltx2_train data_prep conf tests
 # A GPU is there when the driver's tool lists one. Pinned versions are the tested CPU set; with a GPU the default build of torch is wanted.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONSTRAINTS ?= $(if $(GPU),,constraints/cpu.txt)
-PIP_CONSTRAINTS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
-PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+LOG := $(VENV)/install.log
+FAILED := { tail -n 20 $(LOG); echo "Installing failed; all of it stands in $(LOG)"; exit 1; }
 
 # The index given once is remembered beside the environment, so that `make test` later does not replace that torch.
 INDEX_RECORD := $(VENV)/.torch-index
@@ -30,6 +31,9 @@ REINSTALL := $(if $(filter-out $(RECORDED_INDEX),$(TORCH_INDEX)),reinstall)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 python; do \
 	$$p $(IS_NEW_ENOUGH) >/dev/null 2>&1 && echo $$p && break; done)
+
+# Threads wait asleep: where cores are shared with other programs, spinning ones slow small tensors down many times.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint format types proof gpu bench clean reinstall
@@ -46,20 +50,22 @@ help:  ## this list
 setup: $(STAMP)  ## build the virtual environment (CPU or CUDA is found by itself); nothing to do when it is up to date
 
 # torch comes first and alone, so that TORCH_INDEX concerns nothing else. Without a GPU and without TORCH_INDEX pip's own configuration
-# is asked what it would install; only if that is a build with gigabytes of CUDA libraries is PyTorch's CPU index added.
+# is asked what it would install: a build with gigabytes of CUDA libraries works too, but is said beforehand.
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS)) $(REINSTALL)
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or name it: make setup PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) $(IS_NEW_ENOUGH) || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python >= 3.11 is needed"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@echo "Installing with $$($(BIN)/python --version), $(if $(GPU),a GPU found,no GPU found)$(if $(CONSTRAINTS),$(,) versions of $(CONSTRAINTS)): some minutes the first time (details: $(VENV)/install.log)"
-	@set -e; index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
+	@echo "Installing with $$($(BIN)/python --version), $(if $(GPU),a GPU found,no GPU found)$(if $(CONSTRAINTS),$(,) versions of $(CONSTRAINTS)): some minutes the first time (details: $(LOG))"
+	@set -e; index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; : > $(LOG); \
 	if [ -z "$$index$(GPU)" ] && [ "$$(uname -s)" = Linux ]; then \
-		found=$$($(BIN)/python -m pip install -qq --log $(VENV)/install.log --dry-run --no-deps --ignore-installed --report - $(PIP_CONSTRAINTS) 'torch>=2.11' 2>/dev/null || true); \
-		case "$$found" in *+cpu*) ;; *) index="--extra-index-url $(PYTORCH_CPU_INDEX)" ;; esac; \
+		found=$$($(PIP) --quiet --dry-run --no-deps --ignore-installed --report - 'torch>=2.11' 2>>$(LOG) || true); \
+		case "$$found" in *+cpu*) ;; *) \
+			echo "  pip's configuration has no CPU build of torch, so gigabytes of CUDA libraries come along;"; \
+			echo "  for a small one: make setup TORCH_INDEX=... with the CPU index that PyTorch's install page names" ;; esac; \
 	fi; \
-	echo "  torch"; $(BIN)/python -m pip install -qq --log $(VENV)/install.log $(if $(REINSTALL),--force-reinstall) $$index $(PIP_CONSTRAINTS) 'torch>=2.11'; \
-	echo "  everything else"; $(BIN)/python -m pip install -qq --log $(VENV)/install.log $(PIP_CONSTRAINTS) --editable '.[dev]'
+	echo "  torch"; $(PIP) $(if $(REINSTALL),--force-reinstall) $$index 'torch>=2.11' >>$(LOG) 2>&1 || $(FAILED); \
+	echo "  everything else"; $(PIP) --editable '.[dev]' >>$(LOG) 2>&1 || $(FAILED)
 	@echo "$(TORCH_INDEX)" > $(INDEX_RECORD)
 	@$(BIN)/python -c 'import torch; print(f"Ready: torch {torch.__version__},", "CUDA" if torch.cuda.is_available() else "CPU")'
 	@touch $@
@@ -85,6 +91,7 @@ types: setup  ## mypy on the package
 
 proof: setup  ## the long proofs (tests marked slow): exactness, overfit, sync learned from scratch
 	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m tests.proofs.exactness
 
 gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -19,7 +19,7 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
     A windowed-sinc interpolator (Hann window, width 6, roll-off 0.99), the default of torchaudio. Equal rates return
     the waveform unchanged. Raises `DataError` for a rate that is not positive.
-    Source: J. O. Smith, "Digital Audio Resampling", https://ccrma.stanford.edu/~jos/resample.
+    Source: J. O. Smith, "Digital Audio Resampling".
     """
     if from_rate < 1 or to_rate < 1:
         raise DataError(f"cannot resample from {from_rate} to {to_rate} Hz; rates are whole numbers >= 1")

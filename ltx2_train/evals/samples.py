@@ -30,6 +30,7 @@ THUMBNAIL = 64  # pixels, the height of a frame in strips and on the contact she
 SHEET_COLUMNS = 2
 SHEET_CLIPS = 64
 GAP = 4  # pixels between clips of the contact sheet
+HEAT = ((0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))  # dark to bright
 PEAKS = 240  # points of a drawn waveform
 RESAMPLINGS = 1000  # of the bootstrap over clips
 
@@ -305,13 +306,13 @@ def strip(video: Tensor) -> Pixels:
 
 def mel_picture(waveform: Tensor, sample_rate: int) -> Pixels:
     """(bins, steps, 3): the log-mel spectrogram of (2, N), channels averaged, low tones below."""
-    import matplotlib
-
     from ltx2_train.codecs.mel import LogMel
 
     mel = LogMel(floor=1e-2)(waveform, sample_rate).mean(dim=0).T.flip(0)
     shade = (mel - mel.min()) / (mel.max() - mel.min()).clamp(min=1.0)
-    return (matplotlib.colormaps["magma"](shade.numpy())[..., :3] * 255).astype(np.uint8)
+    stops = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(shade.numpy(), stops, [colour[i] for colour in HEAT]) for i in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def peaks(waveform: Tensor) -> list[float]:

@@ -28,7 +28,9 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
 
     store = TCPStore("127.0.0.1", 0, world_size=None, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")  # as clean as spawn, but torch is imported once, not per rank
-    context.set_forkserver_preload(["torch", "ltx2_train.distributed.fsdp2", "torch.distributed.checkpoint", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["torch", "ltx2_train.distributed.fsdp2", "torch.distributed.checkpoint", "torch._dynamo"]
+    )
     processes, connections = [], []
     try:
         for rank in range(world_size):

@@ -46,8 +46,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "av": ("ltx2_train/media/",),
     "torchaudio": ("ltx2_train/media/audio.py", "ltx2_train/codecs/mel.py", "ltx2_train/codecs/resample.py"),
     "webdataset": ("ltx2_train/data/", "data_prep/"),
-    "matplotlib": ("ltx2_train/evals/",),
-    "PIL": ("ltx2_train/evals/", "ltx2_train/media/", "data_prep/"),
+    "PIL": ("ltx2_train/media/",),
     "jinja2": ("ltx2_train/evals/report.py",),
 }
 
