@@ -21,6 +21,7 @@ AUDIO_STEPS_PER_SECOND = 25  # 16000 Hz / hop 160 / 4 mel frames
 MEL_FRAMES_PER_STEP = 4
 MEL_HOP = 160  # samples at AUDIO_RATE between mel frames: 10 ms
 AUDIO_RATE = 16000
+CACHED_GEOMETRIES = 8  # positions kept at a time; the RoPE tables that hang on one can take 100 MB of a device
 
 
 def latent_frames(frames: int) -> int:
@@ -80,17 +81,23 @@ def audio_positions(num_steps: int) -> Tensor:
     return ((bounds + 1 - MEL_FRAMES_PER_STEP).clamp(min=0) * MEL_HOP / AUDIO_RATE)[None]
 
 
-@lru_cache(maxsize=256)
 def batch_video_positions(f: int, h: int, w: int, fps: tuple[float, ...], device: torch.device) -> Tensor:
     """Positions (B, 3, T, 2) of samples that share a latent grid, or (1, 3, T, 2) when they share the frame rate too.
 
-    The same arguments give the same tensor object, so that what is derived from it (RoPE tables) can be cached by identity.
+    The usual case, one rate, gives the same tensor object for the same arguments, so that what is derived from it (RoPE
+    tables) can be cached by identity. A mixture of rates is built anew: there are too many of them to keep.
     """
-    rates = fps if len(set(fps)) > 1 else fps[:1]
-    return torch.stack([latent_video_positions(f, h, w, rate) for rate in rates]).to(device)
+    if len(set(fps)) == 1:
+        return _shared_video_positions(f, h, w, fps[0], device)
+    return torch.stack([latent_video_positions(f, h, w, rate) for rate in fps]).to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=CACHED_GEOMETRIES)
+def _shared_video_positions(f: int, h: int, w: int, fps: float, device: torch.device) -> Tensor:
+    return latent_video_positions(f, h, w, fps)[None].to(device)
+
+
+@lru_cache(maxsize=CACHED_GEOMETRIES)
 def batch_audio_positions(num_steps: int, device: torch.device) -> Tensor:
     """Positions (1, 1, T, 2) shared by all samples of a batch; the same arguments give the same tensor object."""
     return audio_positions(num_steps)[None].to(device)

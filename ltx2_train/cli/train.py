@@ -87,7 +87,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     from ltx2_train.data.plan import Plan
     from ltx2_train.diffusion.objective import Objective
     from ltx2_train.diffusion.profiles import profile
-    from ltx2_train.model.build import transformer_config
+    from ltx2_train.model.build import context_tokens, transformer_config
     from ltx2_train.train.checkpoint import Checkpointer
     from ltx2_train.train.ema import Ema
     from ltx2_train.train.metrics import Metrics
@@ -138,7 +138,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
         records=BadRecords(job.data.loader.bad_fraction),
         job=settings,
         flops=lambda batch: training_flops(
-            config, batch_load(batch, config, job.model.text_tokens), frozen_base=job.lora is not None
+            config, batch_load(batch, context_tokens(job.model)), frozen_base=job.lora is not None
         ),
     )
 
@@ -169,7 +169,25 @@ def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[L
         video_text_width=config.video_connector_width,
         audio_text_width=config.audio_connector_width,
     )
+    for dataset in (*training, *heldout):
+        check_captions(dataset, job)
     return training, heldout
+
+
+def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
+    """Raises `DataError` when captions have more text tokens than the model has rows of context."""
+    from ltx2_train.errors import DataError
+    from ltx2_train.model.build import context_tokens
+
+    bound, lengths = context_tokens(job.model), dataset.index.text_lengths
+    too_long = (lengths > bound).nonzero()[0]
+    if len(too_long) or len(dataset.null_text.video) > bound:
+        longest = int(lengths.argmax())
+        raise DataError(
+            f"{dataset.location}: {len(too_long)} captions have more than the {bound} text tokens that the model has "
+            f"rows for; the longest, of {dataset.index.key(longest)}, has {int(lengths[longest])}. Set model.text_tokens "
+            "to a multiple of the connector's registers that holds it, or shorten the captions and encode again"
+        )
 
 
 def open_engine(job: "TrainJob", world: "World") -> "Engine":

@@ -173,7 +173,6 @@ def _inputs(
     device, video, audio = given.video.device, None, None
     if bucket.frames:
         rates = tuple(float(request.fps) for request in requests)
-        rates = rates if len(set(rates)) > 1 else rates[:1]
         grid = (bucket.frames, bucket.height, bucket.width)
         video = StreamInputs(
             conditioning=given.video,

@@ -302,10 +302,7 @@ def _video_positions(batch: Batch) -> Tensor:
     bucket, device = batch.bucket, batch.video.device
     if bucket.frames == 0:
         return geometry.batch_video_positions(1, 1, 1, (1.0,), device)
-    rates = (
-        batch.fps if len(set(batch.fps)) > 1 else batch.fps[:1]
-    )  # one key, so one cached tensor, for every batch size
-    return geometry.batch_video_positions(bucket.frames, bucket.height, bucket.width, rates, device)
+    return geometry.batch_video_positions(bucket.frames, bucket.height, bucket.width, batch.fps, device)
 
 
 def _with_null(features: Tensor, null: Tensor, dropped: Tensor, length: int) -> Tensor:

@@ -56,13 +56,14 @@ def build_model(config: ModelConfig) -> TextConditioned:
     architecture = transformer_config(config)
     streams = {"video": Stream.video in config.streams, "audio": Stream.audio in config.streams}
     model = TextConditioned(
-        Transformer(architecture, **streams), Connectors(architecture, **streams), _text_tokens(config)
+        Transformer(architecture, **streams), Connectors(architecture, **streams), context_tokens(config)
     )
     model.connectors.requires_grad_(config.train_connectors)
     return model
 
 
-def _text_tokens(config: ModelConfig) -> int:
+def context_tokens(config: ModelConfig) -> int:
+    """Rows of text context behind the connectors: the most text tokens that a caption may have."""
     if config.text_tokens is not None:
         return config.text_tokens
     return RELEASED_TEXT_TOKENS if config.weights is not None else TEXT_TOKENS.get(config.name, RELEASED_TEXT_TOKENS)

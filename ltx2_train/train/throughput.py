@@ -36,14 +36,9 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for pattern, peak in _PEAKS if re.search(pattern, device_name)), None)
 
 
-def batch_load(batch: Batch, config: TransformerConfig, text_tokens: int | None = None) -> Load:
-    """The sizes of a micro-batch. A modality that it lacks runs as one token.
-
-    `text_tokens`: rows of text context behind the connectors; None: the fewest whole register blocks that hold it.
-    """
-    registers = config.connector_num_learnable_registers
-    text = text_tokens or -(-max(batch.text_lengths) // registers) * registers
-    return Load(len(batch), batch.video[0, 0].numel(), batch.audio.shape[2], text)
+def batch_load(batch: Batch, text_tokens: int) -> Load:
+    """The sizes of a micro-batch; `text_tokens` rows of context. A modality that it lacks runs as one token."""
+    return Load(len(batch), batch.video[0, 0].numel(), batch.audio.shape[2], text_tokens)
 
 
 def forward_flops(config: TransformerConfig, load: Load) -> float:

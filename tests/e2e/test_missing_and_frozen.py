@@ -1,4 +1,4 @@
-"""What a sample lacks teaches nothing, and what is frozen does not move: on the real model, to the last bit."""
+"""What a sample lacks teaches nothing, what is frozen does not move, and what does not fit is refused before it runs."""
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from ltx2_train.distributed.world import close_world, init_world
 from ltx2_train.model import ModelConfig, build_model, initial_weights
 from ltx2_train.record import Bucket
 from ltx2_train.rng import BatchRng
-from ltx2_train.testing.shards import random_sample
+from ltx2_train.testing.shards import random_sample, write_latent_dataset
 from ltx2_train.train.checkpoint import checkpoint_directory
-from tests.unit.cli.commands import SMALL, composed, small_dataset
+from tests.unit.cli.commands import SMALL, composed, ltx2_train, small_dataset
 
 AUDIO_SIDE = ("audio", "a2v", "v2a")
 
@@ -70,3 +70,18 @@ def test_a_frozen_stream_is_bit_equal_after_five_steps_under_weight_decay(tmp_pa
     for name in first:
         frozen = "audio" in name or "v2a_gate" in name
         assert torch.equal(first[name], last[name]) == frozen, name
+
+
+def test_captions_longer_than_the_model_s_context_are_named_before_anything_is_built(tmp_path, capsys):
+    lengths = [3] * 7 + [20]
+    samples = [
+        random_sample(f"s{i}", Bucket(2, 1, 1, 5), text_length=n, text_widths=(40, 20)) for i, n in enumerate(lengths)
+    ]
+    (tmp_path / "latents").mkdir()
+    write_latent_dataset(tmp_path / "latents", samples)
+    run = tmp_path / "run"
+    assert ltx2_train(*SMALL, f"data.datasets.0.path={tmp_path / 'latents'}", f"train.run_dir={run}") == 2
+    error = capsys.readouterr().err
+    assert "1 captions have more than the 16 text tokens" in error
+    assert "of s7, has 20" in error
+    assert not (run / "metrics.jsonl").exists()

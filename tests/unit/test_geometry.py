@@ -1,5 +1,7 @@
 """Latent sizes and positions equal the published ones."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -42,8 +44,15 @@ def test_the_same_geometry_gives_the_same_tensor():
     first = geometry.batch_video_positions(2, 1, 1, (24.0, 24.0), device)
     assert first is geometry.batch_video_positions(2, 1, 1, (24.0, 24.0), device)
     assert first.shape[0] == 1
-    mixed = geometry.batch_video_positions(2, 1, 1, (24.0, 12.0), device)
+
+
+def test_a_mixture_of_frame_rates_has_positions_per_sample_and_is_not_kept():
+    arguments = (2, 1, 1, (24.0, 12.0), torch.device("cpu"))
+    mixed = geometry.batch_video_positions(*arguments)
     torch.testing.assert_close(mixed[1, 0], 2 * mixed[0, 0])
+    kept = weakref.ref(mixed)
+    del mixed
+    assert kept() is None
 
 
 @pytest.mark.parametrize(("frames", "nearest"), [(8, 9), (2, 1), (120, 121), (0, 1)])
