@@ -28,6 +28,11 @@ def add_workers(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--workers", type=int, default=cores, help="processes; the result does not depend on it")
 
 
+def add_replace(arguments: argparse.ArgumentParser) -> None:
+    text = "remove shards under --out that are not made from this input; without it they are an error that names them"
+    arguments.add_argument("--replace", action="store_true", help=text)
+
+
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run a program; what a user can cause ends it with a message and exit code 1, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

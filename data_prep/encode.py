@@ -4,7 +4,8 @@ Reads any WebDataset (directories, paths, globs, {000..009} ranges or fsspec URL
 writes under --out the directories `train` and, with a held-out share, `heldout`, each with its shards, manifest, index
 and null context. A clip takes the bucket of the closest aspect ratio that it is long enough for and is cut into
 consecutive windows of its length; what is left at the end is counted. Sound that is missing stays missing: it is never
-replaced by silence. The held-out split goes by source file. A killed run continues where it was; other settings are refused.
+replaced by silence. The held-out split goes by source file. A killed run continues where it was; other settings are
+refused, and so is a directory with shards of other input, unless by --replace.
 """
 
 import json
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from data_prep import console
 from data_prep.buckets import PixelBucket, choose, parse_buckets
-from data_prep.jobs import Job, Report, run_jobs
+from data_prep.jobs import Job, Report, fingerprint, run_jobs
 from data_prep.pack import (
     AUDIO_SUFFIXES,
     DROPPED_NAME,
@@ -33,9 +34,10 @@ from data_prep.pack import (
     EmptyCaption,
     drop_reason,
     parse_json,
+    read_caption,
 )
 from data_prep.tables import table, total
-from data_prep.tars import Members, file_sha256, list_shards, read_tar, size_of, write_jsonl
+from data_prep.tars import Members, file_sha256, list_shards, read_tar, size_of, state_of, write_jsonl
 from ltx2_train.codecs import AudioCodec, VideoCodec, build_audio_codec, build_video_codec
 from ltx2_train.codecs.resample import to_stereo
 from ltx2_train.data.datasets import save_null_text
@@ -46,7 +48,7 @@ from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, audio_latent_length
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.probe import MediaInfo, probe
 from ltx2_train.media.video import VideoFile, to_tensor
-from ltx2_train.record import Manifest, Sample, TextFeatures
+from ltx2_train.record import MANIFEST_NAME, Manifest, Sample, TextFeatures
 from ltx2_train.rng import derive_seed
 from ltx2_train.text import TextEncoder, build_text_encoder
 
@@ -151,16 +153,26 @@ class Window:
     meta: dict[str, Any]
 
 
-def encode(raw: Sequence[str], out: Path, config: EncodeConfig, workers: int = 1) -> dict[str, dict[str, int]]:
-    """Encode the raw shards that `raw` names into `out`; returns the counts of each split. See the module's text."""
-    shards = list_shards(raw)
-    known = _known_digests(shards)
-    held_out = _held_out_sources(shards, config) if config.holdout_count else None
-    marks = [known.get(url) or f"size {size_of(url)}" for url in shards]
-    jobs = [Job(_job_name(shards, i), marks[i], (url, held_out)) for i, url in enumerate(shards)]
+@dataclass(frozen=True, slots=True)
+class RawShard:
+    """The input of one job."""
+
+    url: str
+    digest: str | None  # its SHA-256, where that is known
+    held_out: frozenset[str] | None  # its sources that are held out; None: the share of `EncodeConfig` decides
+
+
+def encode(
+    raw: Sequence[str], out: Path, config: EncodeConfig, workers: int = 1, replace: bool = False
+) -> dict[str, dict[str, int]]:
+    """Encode the raw shards that `raw` names into `out`; returns the counts of each split. See the module's text.
+
+    `replace`: remove the shards of other input from `out`, where they are else an error.
+    """
+    jobs = _jobs(list_shards(raw), config)
     codecs = build_codecs(_codec_settings(config))
     settings = _settings(config, codecs)
-    reports = run_jobs(encode_shard, jobs, out, settings, config, workers)
+    reports = run_jobs(encode_shard, jobs, out, settings, config, workers, replace)
     _refuse_repeated_keys(jobs, reports)
     write_jsonl(out / DROPPED_NAME, (row for report in reports for row in report.dropped))
     counts = {}
@@ -171,6 +183,19 @@ def encode(raw: Sequence[str], out: Path, config: EncodeConfig, workers: int = 1
         dropped = total(report.counts for report in reports)
         raise DataError(f"{out}: nothing was kept ({dropped}). The reasons are in {out / DROPPED_NAME}")
     return counts | {"all": total(report.counts for report in reports)}
+
+
+def _jobs(shards: Sequence[str], config: EncodeConfig) -> list[Job]:
+    known = _known_digests(shards)
+    held_out = _held_out_sources(shards, config) if config.holdout_count else {}
+    jobs = []
+    for place, url in enumerate(shards):
+        shard, name = RawShard(url, known.get(url), held_out.get(url)), _job_name(shards, place)
+        # Held-out sources change when shards are added: a shard that has such a one is other input than before.
+        mark = fingerprint([shard.digest or state_of(url), sorted(shard.held_out or ())])
+        outputs = tuple(f"{split}/{name}.tar" for split in (TRAIN, HELD_OUT))
+        jobs.append(Job(name, mark, shard, outputs, url if "://" in url else str(Path(url).resolve())))
+    return jobs
 
 
 def _codec_settings(config: EncodeConfig) -> tuple[str, str, str, int, int]:
@@ -224,7 +249,10 @@ def _job_name(shards: Sequence[str], place: int) -> str:
 
 
 def _origins(jobs: Sequence[Job]) -> dict[str, str]:
-    return {f"{job.name}.tar": f"{job.payload[0].rsplit('/', 1)[-1]} {job.fingerprint}" for job in jobs}
+    """Name of each raw shard and its hash, or its size where that is not known, by the name of its latent shard."""
+    shards = {f"{job.name}.tar": job.payload for job in jobs}
+    marks = {name: shard.digest or f"size {size_of(shard.url)}" for name, shard in shards.items()}
+    return {name: f"{shard.url.rsplit('/', 1)[-1]} {marks[name]}" for name, shard in shards.items()}
 
 
 def _refuse_repeated_keys(jobs: Sequence[Job], reports: Sequence[Report]) -> None:
@@ -232,9 +260,9 @@ def _refuse_repeated_keys(jobs: Sequence[Job], reports: Sequence[Report]) -> Non
     for job, report in zip(jobs, reports, strict=True):
         for key in report.keys:
             if key in first:
-                where = f"{first[key]} and {job.payload[0]}"
+                where = f"{first[key]} and {job.payload.url}"
                 raise DataError(f"key {key!r} comes twice, in {where}. Give every clip a key of its own")
-            first[key] = job.payload[0]
+            first[key] = job.payload.url
 
 
 # --- held-out split ---
@@ -245,15 +273,18 @@ def source_hash(source: str) -> int:
     return derive_seed("held out", source)
 
 
-def _held_out_sources(shards: Sequence[str], config: EncodeConfig) -> frozenset[str]:
-    """The `holdout_count` sources of smallest hash. Reads all shards once."""
-    sources = set()
-    for url in shards:
-        for key, members in read_tar(url):
-            sources.add(_source(key, _raw_json(key, members, config)))
-    if len(sources) <= config.holdout_count:
-        raise ConfigError(f"holdout_count: {config.holdout_count}; need less than the {len(sources)} source files")
-    return frozenset(sorted(sources, key=source_hash)[: config.holdout_count])
+def _held_out_sources(shards: Sequence[str], config: EncodeConfig) -> dict[str, frozenset[str]]:
+    """Which of its sources each shard holds out: in all, the `holdout_count` of smallest hash. Reads all shards once."""
+    sources = {url: _sources(url, config) for url in shards}
+    every = set().union(*sources.values())
+    if len(every) <= config.holdout_count:
+        raise ConfigError(f"holdout_count: {config.holdout_count}; need less than the {len(every)} source files")
+    held_out = set(sorted(every, key=source_hash)[: config.holdout_count])
+    return {url: frozenset(there & held_out) for url, there in sources.items()}
+
+
+def _sources(url: str, config: EncodeConfig) -> set[str]:
+    return {_source(key, _raw_json(key, members, config)) for key, members in read_tar(url)}
 
 
 def _split(source: str, config: EncodeConfig, held_out: AbstractSet[str] | None) -> str:
@@ -267,16 +298,22 @@ def _split(source: str, config: EncodeConfig, held_out: AbstractSet[str] | None)
 
 def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
     """Write the latent shards of one raw shard. Raises `DataError` for a damaged one and for latents with NaN."""
-    url, held_out = job.payload
-    is_verified = _verify(url, job.fingerprint)
+    shard: RawShard = job.payload
+    is_verified = _verify(shard)
+    for split in (TRAIN, HELD_OUT):  # while a shard is replaced, the directory is not finished
+        (directory / split / MANIFEST_NAME).unlink(missing_ok=True)
     codecs = build_codecs(_codec_settings(config))
     counts: dict[str, int] = {}
     dropped: list[dict[str, str]] = []
     samples: dict[str, list[Sample]] = {TRAIN: [], HELD_OUT: []}
-    windows = _windows(url, config, counts, dropped, decode=not is_verified)
+    windows = _windows(shard.url, config, counts, dropped, decode=not is_verified)
     for sample in encode_windows(windows, codecs, config):
-        split = _split(sample.meta["source"], config, held_out)
+        split = _split(sample.meta["source"], config, shard.held_out)
         sample.meta["split"] = split
+        if cut := codecs.text.rows_cut(sample.caption):
+            _count(counts, "caption_cut")
+            detail = f"kept, but {codecs.text.name} left away the last {cut} rows of its caption"
+            dropped.append({"file": sample.key, "shard": shard.url, "reason": "caption_cut", "detail": detail})
         _tally(counts, sample, split)
         samples[split].append(sample)
     outputs = {f"{split}/{job.name}.tar": kept for split, kept in samples.items() if kept}
@@ -287,12 +324,13 @@ def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
     return Report(digests, counts, dropped, [sample.key for kept in samples.values() for sample in kept])
 
 
-def _verify(url: str, expected: str) -> bool:
+def _verify(shard: RawShard) -> bool:
     """True when the shard's hash is known and right. Raises `DataError` when it is wrong."""
-    if expected.startswith("size "):
+    if shard.digest is None:
         return False
-    if (found := file_sha256(url)) != expected:
-        raise DataError(f"{url}: its SHA-256 is {found[:12]}..., {PACK_NAME} says {expected[:12]}...: damaged or "
+    if (found := file_sha256(shard.url)) != shard.digest:
+        told = shard.digest[:12]
+        raise DataError(f"{shard.url}: its SHA-256 is {found[:12]}..., {PACK_NAME} says {told}...: damaged or "
                         "truncated. Copy the shard again, or delete it and re-run data_prep.pack")  # fmt: skip
     return True
 
@@ -329,7 +367,9 @@ def clip_windows(
     `decode`: look for damage inside frames first; of packed shards this is known.
     """
     fields = _raw_json(key, members, config)
-    caption = _caption(members, fields, config)
+    for extension in _unread(members, config):
+        _count(counts, f"members_not_read_(.{extension})")
+    caption = _caption(key, members, fields, config)
     if not caption and config.empty_caption is EmptyCaption.DROP:
         raise Dropped("empty_caption", "no caption; --empty-caption=keep keeps such clips for the null context")
     video, audio = _member(members, "video", config), _member(members, "audio", config)
@@ -394,14 +434,22 @@ def _window_sound(
     steps = audio_latent_length(frames, fps)
     if heard is None or sound is None or not steps:
         return None
-    missing = heard.missing_audio(start, frames / fps)
-    if missing > max(config.audio_tolerance, LATENT_STEP):
-        _count(counts, "audio_too_short_treated_as_missing")
+    if not _is_heard(heard, start, frames / fps, config, counts):
         return None
-    if missing > LATENT_STEP:
-        _count(counts, "audio_padded")
     # As much sound as the latent steps cover: what lies beside the window's edge is heard, not invented.
     return to_stereo(read_audio(sound, start=start, duration=steps * LATENT_STEP, info=heard)[0])
+
+
+def _is_heard(heard: MediaInfo, start: float, length: float, config: EncodeConfig, counts: dict[str, int]) -> bool:
+    """Whether a window has enough sound; what is missing is counted."""
+    limit = max(config.audio_tolerance, LATENT_STEP)
+    missing = heard.missing_audio(start, length)
+    if missing > limit:
+        is_gap = replace(heard, audio_gaps=()).missing_audio(start, length) <= limit
+        _count(counts, f"audio_{'with_gaps' if is_gap else 'too_short'}_treated_as_missing")
+    elif missing > LATENT_STEP:
+        _count(counts, "audio_padded")
+    return missing <= limit
 
 
 def _audio_windows(
@@ -415,7 +463,10 @@ def _audio_windows(
         raise Dropped("too_short", f"{base.key}: {heard.audio_end:.2f} s of sound; --audio-only-seconds is {length}")
     if rest := round(1000 * (heard.audio_end - pieces * length)):
         _count(counts, "remainder_audio_milliseconds", rest)
-    for piece in range(pieces):
+    heard_pieces = [i for i in range(pieces) if _is_heard(heard, i * length, length, config, counts)]
+    if not heard_pieces:
+        raise Dropped("no_sound_in_any_window", f"{base.key}: gaps in its track reach into every window")
+    for piece in heard_pieces:
         waveform, rate = read_audio(sound, start=piece * length, duration=length, info=heard)
         yield replace(
             base,
@@ -440,12 +491,22 @@ def _told_bounds(heard: MediaInfo, fields: Mapping[str, Any]) -> MediaInfo:
     """Where there truly is sound, as the raw record tells it: the sound of a cut segment is padded to its length."""
     start = max(heard.audio_start, float(fields.get("audio_start", heard.audio_start)))
     end = min(heard.audio_end, float(fields.get("audio_end", heard.audio_end)))
-    return replace(heard, audio_start=start, audio_end=end)
+    gaps = fields.get("audio_gaps")
+    told = tuple((float(begin), float(end)) for begin, end in gaps) if gaps else heard.audio_gaps
+    return replace(heard, audio_start=start, audio_end=end, audio_gaps=told)
 
 
 def _member(members: Members, role: str, config: EncodeConfig) -> bytes | None:
-    names = config.key_map.get(role, KEY_MAP[role])
-    return next((members[name] for name in names if name in members), None)
+    return members[name] if (name := _member_name(members, role, config)) else None
+
+
+def _member_name(members: Members, role: str, config: EncodeConfig) -> str | None:
+    return next((name for name in config.key_map.get(role, KEY_MAP[role]) if name in members), None)
+
+
+def _unread(members: Members, config: EncodeConfig) -> list[str]:
+    """Extensions of the members that no role takes."""
+    return sorted(set(members) - {_member_name(members, role, config) for role in KEY_MAP})
 
 
 def _raw_json(key: str, members: Members, config: EncodeConfig) -> dict[str, Any]:
@@ -457,9 +518,9 @@ def _raw_json(key: str, members: Members, config: EncodeConfig) -> dict[str, Any
     return fields if isinstance(fields, dict) else {"value": fields}
 
 
-def _caption(members: Members, fields: Mapping[str, Any], config: EncodeConfig) -> str:
+def _caption(key: str, members: Members, fields: Mapping[str, Any], config: EncodeConfig) -> str:
     text = _member(members, "caption", config)
-    return (text.decode("utf-8", errors="replace") if text is not None else str(fields.get("caption", ""))).strip()
+    return read_caption(text, key) if text is not None else str(fields.get("caption", "")).strip()
 
 
 def _source(key: str, fields: Mapping[str, Any]) -> str:
@@ -570,8 +631,6 @@ def _finish(
     """Write null context, index and manifest of one split; returns its counts. The manifest comes last: finished."""
     directory = out / split
     outputs = outputs_of(reports, split)
-    for stale in set(directory.glob("*.tar")) - {directory / name for name in outputs}:
-        stale.unlink()
     [null] = codecs.text.encode([""])
     save_null_text(directory, null)
     build_index(directory)
@@ -626,6 +685,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--key-map", default="", help='members of a foreign WebDataset: "video=mp4,caption=txt"')
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="bf16", help="of stored tensors")
     parser.add_argument("--device", default="cpu", help="where the codecs run")
+    console.add_replace(parser)
     console.add_workers(parser)
 
 
@@ -634,14 +694,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = console.parser("encode", __doc__ or "", example)
     _add_options(parser)
     options = vars(parser.parse_args(argv))
-    raw, out, workers = options.pop("raw"), options.pop("out"), options.pop("workers")
+    raw, out, workers, replace = (options.pop(name) for name in ("raw", "out", "workers", "replace"))
     options["buckets"] = parse_buckets(options["buckets"])
     options["key_map"] = parse_key_map(options["key_map"])
     options["empty_caption"], options["dtype"] = EmptyCaption(options["empty_caption"]), Dtype(options["dtype"])
-    counts = encode(raw, out, EncodeConfig(**options), workers)
+    counts = encode(raw, out, EncodeConfig(**options), workers, replace)
     print(table(f"encoded into {out}", counts["all"]))
-    if any(name.startswith("dropped") for name in counts["all"]):
-        print(f"each dropped clip and its reason: {out / DROPPED_NAME}")
+    if any(name.startswith("dropped") or name == "caption_cut" for name in counts["all"]):
+        print(f"each clip that was dropped or cut, and its reason: {out / DROPPED_NAME}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Work that is killed and continued without loss: one job per output shard, and a report for each that is finished.
 
 A job writes its shards atomically and then its report, so a report means that the shards are whole. A rerun does what
-has no report, and what has one for another input. A directory belongs to one set of settings; others are refused.
+has no report, and what has one for another input. A directory belongs to one set of settings and one input; others are
+refused, so that no finished work is lost unasked.
 """
 
 import fcntl
@@ -38,6 +39,8 @@ class Job:
     name: str
     fingerprint: str
     payload: Any
+    outputs: tuple[str, ...] = ()  # every file that it may write, relative to the directory
+    origin: str = ""  # where its input lies: the same name from elsewhere is other work
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Report:
     sizes: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
     settings: str = ""
+    origin: str = ""
 
 
 Work = Callable[[Job, Path, Any], Report]
@@ -62,17 +66,25 @@ def fingerprint(value: Any) -> str:
 
 
 def run_jobs(
-    work: Work, jobs: Sequence[Job], directory: Path, settings: dict[str, Any], config: Any, workers: int
+    work: Work,
+    jobs: Sequence[Job],
+    directory: Path,
+    settings: dict[str, Any],
+    config: Any,
+    workers: int,
+    replace: bool = False,
 ) -> list[Report]:
     """Reports of all jobs, in their order; finished ones are not done again.
 
     `work(job, directory, config)` runs in `workers` processes (1: in this one). Raises `ConfigError` when the directory
-    holds work of other settings, `DataError` when a job fails, after the others have finished.
+    holds work of other settings, `DataError` when it holds shards of other input (`replace` removes these instead) and
+    when a job fails, after the others have finished.
     """
     if workers < 1:
         raise ConfigError(f"workers: {workers}; need at least 1")
     with _locked(directory):
         _claim(directory, settings)
+        _make_way(directory, jobs, replace)
         _sweep(directory)
         mark = fingerprint(settings)
         todo = [job for job in jobs if _finished(directory, job, mark) is None]
@@ -118,6 +130,8 @@ def _outcomes(
 
 def _guarded(work: Work, job: Job, directory: Path, config: Any) -> Report | Ltx2Error:
     try:
+        for name in job.outputs:  # what an earlier input gave must not stay beside what this one gives
+            (directory / name).unlink(missing_ok=True)
         return work(job, directory, config)
     except Ltx2Error as error:
         return error
@@ -198,6 +212,33 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
                           "Give another --out, or delete that directory to begin anew")  # fmt: skip
 
 
+def _make_way(directory: Path, jobs: Sequence[Job], replace: bool) -> None:
+    """Refuse a directory that holds shards of other input than these jobs', or with `replace` remove those shards."""
+    strangers = _strangers(directory, jobs)
+    if not strangers:
+        return
+    names = ", ".join(str(path.relative_to(directory)) for path in strangers[:8])
+    names += f" and {len(strangers) - 8} more" if len(strangers) > 8 else ""
+    if not replace:
+        raise DataError(f"{directory} holds shards that are not made from this input: {names}. Give another --out to "
+                        "keep them, name their input too, or remove them with --replace")  # fmt: skip
+    log.warning("%s: removed, as they are not made from this input: %s", directory, names)
+    for path in strangers:
+        path.unlink()
+
+
+def _strangers(directory: Path, jobs: Sequence[Job]) -> list[Path]:
+    """The shards beside those of `jobs` that none of them writes, or that are of other input under the same name."""
+    owners = {directory / name: job for job in jobs for name in job.outputs}
+    there = sorted(shard for folder in {path.parent for path in owners} for shard in folder.glob("*.tar"))
+    return [shard for shard in there if shard not in owners or _is_of_elsewhere(directory, owners[shard])]
+
+
+def _is_of_elsewhere(directory: Path, job: Job) -> bool:
+    report = _report(directory, job)
+    return report is not None and report.origin != job.origin and report.fingerprint != job.fingerprint
+
+
 def _sweep(directory: Path) -> None:
     """Remove what a killed run left half written."""
     for partial in directory.rglob(f"*{PARTIAL}"):
@@ -210,17 +251,19 @@ def _report_path(directory: Path, job: Job) -> Path:
 
 def _record(directory: Path, job: Job, report: Report, mark: str) -> None:
     sizes = {name: (directory / name).stat().st_size for name in report.outputs}
-    fields = asdict(report) | {"sizes": sizes, "fingerprint": job.fingerprint, "settings": mark}
-    write_json(_report_path(directory, job), fields)
+    told = {"sizes": sizes, "fingerprint": job.fingerprint, "settings": mark, "origin": job.origin}
+    write_json(_report_path(directory, job), asdict(report) | told)
+
+
+def _report(directory: Path, job: Job) -> Report | None:
+    path = _report_path(directory, job)
+    return Report(**json.loads(path.read_text())) if path.exists() else None
 
 
 def _finished(directory: Path, job: Job, mark: str) -> Report | None:
     """The report of a job, if it is there, whole, of this input and these settings, and its shards are there."""
-    path = _report_path(directory, job)
-    if not path.exists():
-        return None
-    report = Report(**json.loads(path.read_text()))
-    if (report.fingerprint, report.settings) != (job.fingerprint, mark):
+    report = _report(directory, job)
+    if report is None or (report.fingerprint, report.settings) != (job.fingerprint, mark):
         return None
     there = (directory / name for name in report.outputs)
     whole = all(p.exists() and p.stat().st_size == report.sizes[n] for p, n in zip(there, report.outputs, strict=True))

@@ -4,10 +4,12 @@ Input is a folder (captions from `NAME.txt` beside each file) or a CSV, JSON or 
 called `media_path`), `audio` and `caption`; paths are relative to that file, other columns are kept as the clip's truth.
 Files with a constant frame rate that last at most --max-seconds are stored byte for byte. Others are cut into consecutive
 segments of constant frame rate: near-lossless H.264, sound as FLAC cut by time stamps. Every file is decoded once to find
-damage. What is dropped is named with its reason in `dropped.jsonl`. A killed run continues where it was.
+damage. What is dropped is named with its reason in `dropped.jsonl`. A killed run continues where it was; shards of other
+files are never overwritten, unless by --replace.
 """
 
 import csv
+import io
 import json
 import re
 import tempfile
@@ -35,6 +37,7 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".m4a", ".aac", ".ogg", ".opus")
 PACK_NAME = "pack.json"
 DROPPED_NAME = "dropped.jsonl"
 ALIASES = {"media_path": "video"}
+METADATA_SUFFIXES = (".csv", ".json", ".jsonl")
 NOT_PACKED = ("reference_video", "ref_media_path", "reference_audio", "video_mask", "audio_mask")
 SEGMENT_CRF = 10  # x264 quality of re-encoded segments: near lossless
 CHUNK_FRAMES = 32  # of a segment held at once
@@ -83,6 +86,7 @@ class Row:
     audio: Path | None
     caption: str
     truth: dict[str, Any] = field(default_factory=dict)
+    fault: tuple[str, str] | None = None  # reason and message of a file that was found but cannot become a clip
 
 
 class Dropped(DataError):
@@ -93,6 +97,14 @@ class Dropped(DataError):
         self.reason = reason
 
 
+def read_caption(text: bytes, name: str) -> str:
+    """A caption from its bytes in UTF-8. Raises `Dropped` naming it for others."""
+    try:
+        return text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise Dropped("caption_unreadable", f"{name}: {error}. Save it as UTF-8") from error
+
+
 def drop_reason(error: DataError) -> str:
     """How the tables call what is wrong with a file."""
     if isinstance(error, Dropped):
@@ -100,21 +112,26 @@ def drop_reason(error: DataError) -> str:
     return {TruncatedError: "truncated", NoSuchFileError: "missing_file"}.get(type(error), "corrupt")
 
 
-def pack(source: Path, out: Path, config: PackConfig, workers: int = 1) -> dict[str, int]:
-    """Pack the files that `source` names into shards under `out`; returns the counts. See the module's text."""
-    rows = read_rows(source)
+def pack(source: Path, out: Path, config: PackConfig, workers: int = 1, replace: bool = False) -> dict[str, int]:
+    """Pack the files that `source` names into shards under `out`; returns the counts. See the module's text.
+
+    `replace`: remove the shards of other files from `out`, where they are else an error.
+    """
+    rows = read_rows(source, out)
     size = config.clips_per_shard
     groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-    marks = [fingerprint([_identity(row) for row in group]) for group in groups]
-    jobs = [Job(f"shard-{i:06d}", mark, group) for i, (mark, group) in enumerate(zip(marks, groups, strict=True))]
-    reports = run_jobs(pack_shard, jobs, out, _settings(config), config, workers)
+    jobs = [_job(f"shard-{i:06d}", group, source) for i, group in enumerate(groups)]
+    reports = run_jobs(pack_shard, jobs, out, _settings(config), config, workers, replace)
     counts = total([{"files": len(rows), "kept": 0}, *(report.counts for report in reports)])
     write_jsonl(out / DROPPED_NAME, (row for report in reports for row in report.dropped))
     shards = {name: digest for report in reports for name, digest in report.outputs.items()}
-    for stale in set(out.glob("*.tar")) - {out / name for name in shards}:
-        stale.unlink()
     write_json(out / PACK_NAME, {"shards": shards, "counts": counts, "settings": _settings(config)})
     return counts
+
+
+def _job(name: str, rows: list[Row], source: Path) -> Job:
+    mark = fingerprint([_identity(row) for row in rows])
+    return Job(name, mark, rows, (f"{name}.tar",), str(source.resolve()))
 
 
 def _settings(config: PackConfig) -> dict[str, Any]:
@@ -132,17 +149,21 @@ def _identity(row: Row) -> list[Any]:
     """What a finished shard depends on: the metadata of a clip, and size and time of its files."""
     files = [path for path in (row.video, row.audio) if path is not None and path.exists()]
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return [row.key, row.source, row.caption, row.truth, states]
+    return [row.key, row.source, row.caption, row.truth, row.fault, states]
 
 
 # --- metadata ---
 
 
-def read_rows(source: Path) -> list[Row]:
-    """The clips that a folder or a metadata file names. Raises `DataError` for none, and for a key that comes twice."""
+def read_rows(source: Path, out: Path | None = None) -> list[Row]:
+    """The clips that a folder or a metadata file names. Raises `DataError` for none, and for a key that comes twice.
+
+    Files of a folder that cannot become clips are rows with a `fault`, so that they are counted and listed; what lies
+    under `out` was written by `pack` itself and is none of them.
+    """
     if source.is_dir():
-        rows = list(_folder_rows(source))
-    elif source.suffix.lower() in (".csv", ".json", ".jsonl"):
+        rows = list(_folder_rows(source, out))
+    elif source.suffix.lower() in METADATA_SUFFIXES:
         rows = [_row(fields, source, place) for place, fields in enumerate(_metadata(source), 1)]
     else:
         raise DataError(f"{source}: neither a folder nor a .csv, .json or .jsonl file. Give one of these")
@@ -150,6 +171,8 @@ def read_rows(source: Path) -> list[Row]:
         raise DataError(f"{source}: names no clips. Put media files there, or rows into it")
     first: dict[str, Row] = {}
     for row in rows:
+        if row.fault is not None:
+            continue
         if row.key in first:
             both = f"{first[row.key].source} and {row.source}"
             raise DataError(f"{source}: {both} have the same key {row.key!r}. Rename or remove one of them")
@@ -157,20 +180,52 @@ def read_rows(source: Path) -> list[Row]:
     return rows
 
 
-def _folder_rows(folder: Path) -> Iterator[Row]:
-    """Video files with the sound file of the same name, if there is one; and sound files on their own."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+def _folder_rows(folder: Path, out: Path | None) -> Iterator[Row]:
+    """Video files with the sound file of the same name, if there is one; sound files on their own; and what is neither."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_set_aside(folder, path, out))
     videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-    sounds = {path.with_suffix(""): path for path in files if path.suffix.lower() in AUDIO_SUFFIXES}
+    sounds: dict[Path, list[Path]] = {}
+    for path in sorted((p for p in files if p.suffix.lower() in AUDIO_SUFFIXES), key=_audio_order):
+        sounds.setdefault(path.with_suffix(""), []).append(path)
+    heard = {stem: paths[0] for stem, paths in sounds.items()}
     for path in videos:
-        yield _folder_row(folder, path, path, sounds.pop(path.with_suffix(""), None))
-    for path in sounds.values():
+        yield _folder_row(folder, path, path, heard.pop(path.with_suffix(""), None))
+    for path in heard.values():
         yield _folder_row(folder, path, None, path)
+    for first, *others in sounds.values():
+        yield from (_faulty(folder, path, "shadowed_audio", f"{path}: {first.name} is taken") for path in others)
+    for path in files:
+        if path.suffix.lower() not in VIDEO_SUFFIXES + AUDIO_SUFFIXES:
+            yield _faulty(folder, path, "unknown_suffix", f"{path}: {_KNOWN}")
+
+
+_KNOWN = f"known suffixes are {' '.join(VIDEO_SUFFIXES + AUDIO_SUFFIXES)}. Convert or remove it"
+
+
+def _audio_order(path: Path) -> tuple[int, Path]:
+    return AUDIO_SUFFIXES.index(path.suffix.lower()), path
+
+
+def _is_set_aside(folder: Path, path: Path, out: Path | None) -> bool:
+    """True for captions, a metadata file, hidden files and what `pack` wrote to `out`, which are no clips."""
+    if out is not None and path.resolve().is_relative_to(out.resolve()) and out.resolve() != folder.resolve():
+        return True
+    parts = path.relative_to(folder).parts
+    is_metadata = len(parts) == 1 and path.stem == "metadata" and path.suffix.lower() in METADATA_SUFFIXES
+    return path.suffix.lower() == ".txt" or is_metadata or any(part.startswith(".") for part in parts)
+
+
+def _faulty(folder: Path, path: Path, reason: str, detail: str) -> Row:
+    name = path.relative_to(folder).as_posix()
+    return Row(clip_key(name), name, None, None, "", fault=(reason, detail))
 
 
 def _folder_row(folder: Path, named: Path, video: Path | None, audio: Path | None) -> Row:
     text, name = named.with_suffix(".txt"), named.relative_to(folder).as_posix()
-    caption = text.read_text(encoding="utf-8").strip() if text.exists() else ""
+    try:
+        caption = read_caption(text.read_bytes(), str(text)) if text.exists() else ""
+    except Dropped as error:
+        return _faulty(folder, named, error.reason, str(error))
     return Row(clip_key(name), name, video, audio, caption)
 
 
@@ -179,7 +234,7 @@ def _metadata(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
-            return list(csv.DictReader(text.splitlines(keepends=True)))
+            return list(csv.DictReader(io.StringIO(text, newline="")))
         lines = [text] if path.suffix.lower() == ".json" else [line for line in text.split("\n") if line.strip()]
         rows = [parse_json(line) for line in lines]
         rows = rows[0] if path.suffix.lower() == ".json" else rows
@@ -198,7 +253,11 @@ def parse_json(text: str | bytes) -> Any:
 def _row(fields: dict[Any, Any], metadata: Path, place: int) -> Row:
     if None in fields:
         raise DataError(f"{metadata}: row {place} has more cells than there are columns. Put quotes around its caption")
-    fields = {ALIASES.get(name, name): value for name, value in fields.items() if value not in (None, "")}
+    fields = {name: value for name, value in fields.items() if value not in (None, "")}
+    for alias, name in ALIASES.items():
+        if alias in fields and name in fields:
+            raise DataError(f"{metadata}: row {place}: {name!r} and {alias!r} mean the same. Fill in only one of them")
+    fields = {ALIASES.get(name, name): value for name, value in fields.items()}
     if unpacked := [name for name in NOT_PACKED if name in fields]:
         known = "only video, audio and caption are. Remove the column or leave it empty"
         raise DataError(f"{metadata}: row {place}: column {unpacked[0]!r} is not packed; {known}")
@@ -249,6 +308,8 @@ def _count(counts: dict[str, int], name: str, number: int = 1) -> None:
 
 def pack_clip(row: Row, config: PackConfig, counts: dict[str, int]) -> Iterator[tuple[str, Members]]:
     """The raw records of one file: itself, or its segments. Raises `Dropped` with the reason."""
+    if row.fault is not None:
+        raise Dropped(*row.fault)
     if not row.caption and config.empty_caption is EmptyCaption.DROP:
         raise Dropped("empty_caption", "no caption; --empty-caption=keep packs such clips for the null context")
     video, audio = _inspect(row, config)
@@ -283,13 +344,26 @@ def _inspect(row: Row, config: PackConfig) -> tuple[MediaInfo | None, MediaInfo 
 
 
 def _whole(row: Row, shown: MediaInfo | None, heard: MediaInfo | None) -> Members:
-    """The record of a file stored byte for byte."""
-    members = {}
-    for path in (row.video, row.audio):
-        if path is not None:
-            members[path.suffix[1:].lower()] = path.read_bytes()
-    facts = {"start": 0.0, "recoded": False, "variable_frame_rate": False}
+    """The record of a file stored byte for byte; sound that has no suffix of a sound file becomes FLAC."""
+    members = Members()
+    facts: dict[str, Any] = {"start": 0.0, "recoded": False, "variable_frame_rate": False}
+    if shown is not None and row.video is not None:
+        members[_picture_suffix(row.video)] = row.video.read_bytes()
+    sound = row.audio or (row.video if shown is None else None)  # else it lies in the picture's file
+    if heard is not None and sound is not None:
+        if sound.suffix.lower() in AUDIO_SUFFIXES and not heard.has_video:
+            members[sound.suffix[1:].lower()] = sound.read_bytes()
+        else:
+            members["flac"] = _sound_segment(sound, heard, 0.0, heard.audio_end)
+            facts |= {"recoded": True} | _sound_bounds(heard, 0.0, heard.audio_end)
     return members | {"json": _json(row, shown, heard, facts)}
+
+
+def _picture_suffix(path: Path) -> str:
+    """The member's name. Raises `Dropped` for one that would not be taken for a picture when it is encoded."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise Dropped("unknown_suffix", f"{path}: videos and images end in {' '.join(VIDEO_SUFFIXES)}. Convert it")
+    return path.suffix[1:].lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +410,7 @@ def _segments(
             sounds = heard is not None and heard.missing_audio(start, length) < length
             if heard is not None and sounds:
                 sound = row.audio or row.video or Path()
-                members["flac"] = _sound_segment(Path(folder) / "segment.flac", sound, heard, start, length)
+                members["flac"] = _sound_segment(sound, heard, start, length)
             facts = _segment_facts(shown, heard if sounds else None, start, length)
             yield f"{row.key}-{piece:04d}", members | {"json": _json(row, shown, heard if sounds else None, facts)}
 
@@ -347,10 +421,12 @@ def _picture_segment(path: Path, picture: VideoFile, start: float, frames: int) 
     return path.read_bytes()
 
 
-def _sound_segment(path: Path, sound: Path, heard: MediaInfo, start: float, length: float) -> bytes:
+def _sound_segment(sound: Path, heard: MediaInfo, start: float, length: float) -> bytes:
     waveform, rate = read_audio(sound, start=start, duration=length, info=heard)
-    write_flac(path, waveform, rate)
-    return path.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "segment.flac"
+        write_flac(path, waveform, rate)
+        return path.read_bytes()
 
 
 def _is_remainder(shown: MediaInfo | None, frames: int, seconds: float, config: PackConfig) -> bool:
@@ -364,10 +440,15 @@ def _is_remainder(shown: MediaInfo | None, frames: int, seconds: float, config: 
 def _segment_facts(shown: MediaInfo | None, heard: MediaInfo | None, start: float, length: float) -> dict[str, Any]:
     facts: dict[str, Any] = {"start": round(start, 6), "recoded": True}
     facts["variable_frame_rate"] = shown is not None and shown.is_variable
-    if heard is not None:  # the segment's file is padded to its length: where there truly is sound must be told
-        facts["audio_start"] = round(max(0.0, heard.audio_start - start), 6)
-        facts["audio_end"] = round(min(length, heard.audio_end - start), 6)
-    return facts
+    return facts | (_sound_bounds(heard, start, length) if heard is not None else {})
+
+
+def _sound_bounds(heard: MediaInfo, start: float, length: float) -> dict[str, Any]:
+    """Where there truly is sound in a segment, whose file is padded to its length; in seconds from its start."""
+    bounds = {"audio_start": max(0.0, heard.audio_start - start), "audio_end": min(length, heard.audio_end - start)}
+    gaps = [(max(0.0, begin - start), min(length, end - start)) for begin, end in heard.audio_gaps]
+    inside = [[round(begin, 6), round(end, 6)] for begin, end in gaps if begin < end]
+    return {name: round(time, 6) for name, time in bounds.items()} | ({"audio_gaps": inside} if inside else {})
 
 
 def _chunks(picture: VideoFile, start: float, count: int, fps: float) -> Iterator[Any]:
@@ -398,6 +479,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--empty-caption", choices=policies, default="drop", help="clips without a caption")
     text = "decode every file once to find damage inside frames"
     parser.add_argument("--decode", action=BooleanOptionalAction, default=True, help=text)
+    console.add_replace(parser)
     console.add_workers(parser)
 
 
@@ -413,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         buckets=parse_buckets(options.buckets) if options.buckets else [],
         decode=options.decode,
     )
-    counts = pack(options.source, options.out, config, options.workers)
+    counts = pack(options.source, options.out, config, options.workers, options.replace)
     print(table(f"packed into {options.out}", counts))
     if any(name.startswith("dropped") for name in counts):
         print(f"each dropped file and its reason: {options.out / DROPPED_NAME}")

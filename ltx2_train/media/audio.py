@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltx2_train.errors import DataError
-from ltx2_train.media.probe import MediaInfo, Source, opened, probe, sound_stream
+from ltx2_train.media.probe import JITTER, MediaInfo, Source, opened, probe, sound_stream
 
 PREROLL = 0.25  # seconds decoded before a window, so that the decoder has settled when it begins
-JITTER = 0.01  # seconds by which time stamps may disagree with the count of samples before a gap is believed
 INEXACT_FORMATS = (
     "mp3",
     "aac",

@@ -23,7 +23,8 @@ IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff")  # and WebP: RIFF....WEBP
 GRID_TOLERANCE = 0.25  # share of a frame's time by which a frame may miss the grid of a constant rate
 MAX_DENOMINATOR = 1001  # frame rates are fractions such as 30000/1001
 DURATION_SLACK = 0.1  # seconds that a file may end before its header says so
-EXACT_FORMATS = ("matroska", "mp4", "flv")  # containers whose header states a duration that is not a guess
+JITTER = 0.01  # seconds by which time stamps of sound may disagree with its samples before a gap is believed
+EXACT_FORMATS = ("matroska", "mp4", "flv", "flac", "aiff")  # their header states a duration that is not a guess
 STRICT = {"err_detect": "explode"}  # decoders raise where they would conceal an error
 
 
@@ -57,6 +58,7 @@ class MediaInfo:
     channels: int = 0
     audio_start: float = 0.0  # first and last moment of sound, seconds from the first frame
     audio_end: float = 0.0
+    audio_gaps: tuple[tuple[float, float], ...] = ()  # (from, to) in between where the track has no sound
 
     @property
     def fps(self) -> float:
@@ -84,10 +86,10 @@ class MediaInfo:
         return max(1, int(self.duration * fps + GRID_TOLERANCE))
 
     def missing_audio(self, start: float, duration: float) -> float:
-        """Seconds of the window that have no sound because the track starts later or ends earlier."""
-        end = start + duration
-        covered = min(end, self.audio_end) - max(start, self.audio_start)
-        return min(duration, max(0.0, duration - max(0.0, covered)))
+        """Seconds of the window that have no sound because the track starts later, ends earlier or has gaps."""
+        first, last = max(start, self.audio_start), min(start + duration, self.audio_end)
+        gaps = sum(max(0.0, min(last, end) - max(first, begin)) for begin, end in self.audio_gaps)
+        return min(duration, max(0.0, duration - max(0.0, last - first - gaps)))
 
 
 def source_name(source: Source, name: str | None = None) -> str:
@@ -162,6 +164,8 @@ class _Track:
 
     pts: list[int] = field(default_factory=list)  # of packets that are shown
     end: int = 0  # when the last one ends, in the stream's time base
+    gaps: list[tuple[int, int]] = field(default_factory=list)  # (from, to) between packets, in the stream's time base
+    is_end_known: bool = False  # whether the packet before says how long it lasts
     packets: int = 0  # whole ones, shown or not
     corrupt: int = 0
     decoded: int = 0
@@ -173,11 +177,20 @@ class _Track:
             self.corrupt += packet.is_corrupt
             self.packets += not packet.is_corrupt
             stamp = packet.dts if packet.pts is None else packet.pts
-            if not packet.is_discard and stamp is not None:
-                self.pts.append(stamp)
-                self.end = max(self.end, stamp + (packet.duration or 0))
+            if not packet.is_discard:
+                self._place(packet, stamp)
         if not self.corrupt and (decode or (self.first_frame is None and packet.stream.type == "video")):
             self._decode(packet)
+
+    def _place(self, packet: Any, stamp: int | None) -> None:
+        """Take note of when the packet is heard or seen; what has no time stamp follows the packet before."""
+        if stamp is not None:
+            if self.is_end_known and (stamp - self.end) * packet.time_base > JITTER:
+                self.gaps.append((self.end, stamp))
+            self.pts.append(stamp)
+        begin = self.end if stamp is None else stamp
+        self.end = max(self.end, begin + (packet.duration or 0))
+        self.is_end_known = bool(packet.duration)
 
     def _decode(self, packet: Any) -> None:
         for frame in packet.decode():
@@ -192,7 +205,7 @@ def _check_complete(container: Any, picture: Any, sound: Any, tracks: dict[int, 
         if stream is None:
             continue
         track, kind = tracks[stream.index], "frames" if stream is picture else "audio packets"
-        if track.corrupt or track.packets < stream.frames:
+        if track.corrupt or (track.packets < stream.frames and not _ends_as_told(container, stream, track)):
             expected = stream.frames or "more"
             raise TruncatedError(f"{label}: truncated: {expected} {kind} expected, {track.packets} there. {advice}")
     if container.duration and any(kind in container.format.name for kind in EXACT_FORMATS):
@@ -202,6 +215,19 @@ def _check_complete(container: Any, picture: Any, sound: Any, tracks: dict[int, 
         slack = max(DURATION_SLACK, float(two_frames))
         if max(ends) < expected - slack and len(container.streams) == len(ends):
             raise TruncatedError(f"{label}: truncated: {expected:.2f} s expected, {max(ends):.2f} s there. {advice}")
+
+
+def _ends_as_told(container: Any, stream: Any, track: _Track) -> bool:
+    """True for sound that lasts as long as its header says: `stream.frames` often counts its samples or bytes.
+
+    Only mov, mp4 and aiff tell the length of the track exactly; elsewhere nothing can be said, which is True.
+    """
+    if stream.type != "audio":
+        return False
+    if not any(kind in container.format.name for kind in ("mp4", "aiff")):
+        return True
+    told = (stream.start_time or 0) + (stream.duration or 0)
+    return bool(stream.duration) and (told - track.end) * stream.time_base < 1e-3
 
 
 def _describe(container: Any, picture: Any, sound: Any, tracks: dict[int, _Track], label: str) -> MediaInfo:
@@ -250,6 +276,7 @@ def _describe_audio(stream: Any, track: _Track, origin: float | None) -> dict[st
         "channels": stream.codec_context.channels,
         "audio_start": start - origin,
         "audio_end": track.end * base - origin,
+        "audio_gaps": tuple((begin * base - origin, end * base - origin) for begin, end in track.gaps),
     }
 
 

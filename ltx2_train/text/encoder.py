@@ -13,3 +13,6 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
         """Features per caption, valid rows only. The empty caption gives the null context (at least one row)."""
+
+    def rows_cut(self, caption: str) -> int:
+        """How many rows `encode` leaves away because the caption is longer than the encoder takes; mostly 0."""

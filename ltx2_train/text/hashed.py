@@ -40,13 +40,21 @@ class HashedTextEncoder:
         """Features per caption: `video` (L, video_width) and `audio` (L, audio_width) fp32 of about unit variance."""
         return [self._features(tokens(caption)) for caption in captions]
 
+    def rows_cut(self, caption: str) -> int:
+        """How many rows of a caption lie beyond `MAX_ROWS`."""
+        return max(0, len(_words(caption)) - MAX_ROWS)
+
     def _features(self, words: list[str]) -> TextFeatures:
         return TextFeatures(_rows(words, "video", self.video_width), _rows(words, "audio", self.audio_width))
 
 
 def tokens(caption: str) -> list[str]:
     """The start mark, then lower-case words and punctuation marks in order, at most `MAX_ROWS` in all."""
-    return [START, *re.findall(r"\w+|[^\w\s]", caption.lower())][:MAX_ROWS]
+    return _words(caption)[:MAX_ROWS]
+
+
+def _words(caption: str) -> list[str]:
+    return [START, *re.findall(r"\w+|[^\w\s]", caption.lower())]
 
 
 def _rows(words: list[str], stream: str, width: int) -> Tensor:

@@ -27,7 +27,15 @@ from ltx2_train.media.video import read_video
 from ltx2_train.media.write import write_flac, write_mp4
 from ltx2_train.record import Sample
 from ltx2_train.text import build_text_encoder
-from tests.unit.media.media_files import FPS, RATE, click_waveform, encode_frames, flip_bits, ramp_frames
+from tests.unit.media.media_files import (
+    FPS,
+    RATE,
+    click_waveform,
+    encode_frames,
+    encode_sound,
+    flip_bits,
+    ramp_frames,
+)
 
 
 def samples(directory: Path) -> dict[str, Sample]:
@@ -169,6 +177,32 @@ def test_sound_alone_is_dropped_by_name_or_kept_in_windows(foreign, tmp_path, co
     assert counts["all"]["remainder_audio_milliseconds"] == pytest.approx(140, abs=2)
 
 
+def test_a_gap_inside_the_sound_is_missing_sound_and_no_silence(foreign, tmp_path, clip, config):
+    small = replace(config, buckets=parse_buckets("64x64x9"), audio_only_seconds=0.36)  # 9 frames last 0.375 s
+    sound = encode_sound(tmp_path / "s.wav", click_waveform(25 / FPS)).read_bytes()
+    broken = encode_sound(tmp_path / "b.mka", click_waveform(1.2), codec="flac", hole=(0.0001, 0.5)).read_bytes()
+    records = {"whole": {"mp4": clip.read_bytes(), "wav": sound}, "broken": {"mp4": clip.read_bytes(), "flac": broken}}
+    counts = encode([foreign(records | {"alone": {"flac": broken}})], tmp_path / "out", small)["all"]
+    found = samples(tmp_path / "out" / "train")
+    assert {key: s.bucket.signature for key, s in found.items()} == {
+        "whole-w0000": "va",
+        "whole-w0001": "va",
+        "broken-w0000": "v",
+        "broken-w0001": "va",
+        "alone-w0001": "a",
+        "alone-w0002": "a",
+    }
+    assert counts["audio_with_gaps_treated_as_missing"] == 2
+
+
+def test_gaps_that_pack_tells_are_missing_sound(foreign, tmp_path, clip, config):
+    write_flac(tmp_path / "a.flac", click_waveform(), RATE)
+    told = json.dumps({"audio_start": 0.0, "audio_end": 1.04, "audio_gaps": [[0.1, 0.5]]}).encode()
+    record = {"mp4": clip.read_bytes(), "flac": (tmp_path / "a.flac").read_bytes(), "json": told}
+    encode([foreign({"a": record})], tmp_path / "out", config)
+    assert [s.audio for s in samples(tmp_path / "out" / "train").values()] == [None]
+
+
 # --- held out ---
 
 
@@ -185,6 +219,33 @@ def test_the_split_goes_by_source_file(foreign, tmp_path, clip, config):
     assert not sources[0] & sources[1]
     assert counts["all"]["kept_heldout"] == len(held_out) == 4  # two windows of two clips
     assert {s.meta["split"] for s in held_out.values()} == {"heldout"}
+
+
+def test_no_source_is_on_both_sides_when_shards_are_added(foreign, tmp_path, clip, config):
+    names = sorted((f"film{i}" for i in range(12)), key=encode_module.source_hash)
+
+    def shard(name: str, sources: list[str]) -> str:
+        records = {
+            f"{name}{i}": {"mp4": clip.read_bytes(), "json": json.dumps({"source": source}).encode()}
+            for i, source in enumerate(sources)
+        }
+        return foreign(records, f"{name}.tar")
+
+    first, second = shard("a", names[5:10]), shard("b", [names[5], names[6], names[0]])
+    third = shard("c", [names[11]])
+    small = replace(config, holdout_count=2)
+    encode([first, third], tmp_path / "grown", small)
+    untouched = (tmp_path / "grown" / ".shards" / "c.json").stat().st_mtime_ns
+    encode([first, second, third], tmp_path / "grown", small)
+    train, held_out = (
+        {s.meta["source"] for s in samples(tmp_path / "grown" / split).values()} for split in ("train", "heldout")
+    )
+    assert held_out == {names[0], names[5]}
+    assert not train & held_out
+    assert (tmp_path / "grown" / ".shards" / "c.json").stat().st_mtime_ns == untouched
+    encode([first, second, third], tmp_path / "at_once", small)
+    tars = [{k: v for k, v in contents(tmp_path / d).items() if k.endswith(".tar")} for d in ("grown", "at_once")]
+    assert tars[0] == tars[1]
 
 
 def test_a_share_holds_out_the_same_files_whatever_else_is_there():
@@ -254,6 +315,47 @@ def test_a_key_in_two_shards_is_refused(foreign, tmp_path, clip, config):
     paths = [foreign({"a": {"mp4": clip.read_bytes()}}, name) for name in ("x.tar", "y.tar")]
     with pytest.raises(DataError, match=r"key 'a' comes twice, in .*x\.tar and .*y\.tar"):
         encode(paths, tmp_path / "out", config)
+
+
+def test_finished_latents_of_other_shards_are_not_deleted_unasked(foreign, tmp_path, clip, config):
+    one, other = (foreign({name: {"mp4": clip.read_bytes()}}, f"{name}.tar") for name in ("one", "other"))
+    (tmp_path / "elsewhere").mkdir()
+    same_name = foreign({"two": {"mp4": clip.read_bytes()}}, "elsewhere/one.tar")
+    encode([one], tmp_path / "out", config)
+    before = contents(tmp_path / "out")
+    for path in (other, same_name):
+        with pytest.raises(DataError, match=r"not made from this input: train/one\.tar\. Give another --out"):
+            encode([path], tmp_path / "out", config)
+        assert contents(tmp_path / "out") == before
+    encode([one, other], tmp_path / "out", config)
+    assert set(samples(tmp_path / "out" / "train")) == {"one", "other"}
+    encode([other], tmp_path / "out", config, replace=True)
+    assert set(samples(tmp_path / "out" / "train")) == {"other"}
+
+
+def test_a_dataset_of_which_a_shard_is_done_anew_is_not_finished(foreign, tmp_path, clip, config):
+    path = foreign({"a": {"mp4": clip.read_bytes()}})
+    encode([path], tmp_path / "out", config)
+    Path(path).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="1 of 1 shards failed"):
+        encode([path], tmp_path / "out", config)
+    assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+def test_captions_that_are_cut_or_cannot_be_read_are_counted_and_named(foreign, tmp_path, clip, config):
+    captions = {"long": b"word " * 3000, "latin": "caf\xe9".encode("latin-1"), "short": "caf\xe9".encode()}
+    path = foreign({key: {"mp4": clip.read_bytes(), "txt": caption} for key, caption in captions.items()})
+    counts = encode([path], tmp_path / "out", config)["all"]
+    assert (counts["caption_cut"], counts["dropped_caption_unreadable"]) == (1, 1)
+    assert dropped(tmp_path / "out") == {"long": "caption_cut", "latin": "caption_unreadable"}
+    assert "the last 1977 rows" in (tmp_path / "out" / "dropped.jsonl").read_text()
+    assert samples(tmp_path / "out" / "train")["short"].caption == "caf\xe9"
+
+
+def test_members_that_nothing_reads_are_counted(foreign, tmp_path, clip, config):
+    record = {"mp4": clip.read_bytes(), "wave": b"RIFF", "json": b"{}"}
+    counts = encode([foreign({"a": record})], tmp_path / "out", config)["all"]
+    assert {name: n for name, n in counts.items() if "members" in name} == {"members_not_read_(.wave)": 1}
 
 
 def test_latents_with_nan_are_refused_at_the_write(tmp_path, config):

@@ -91,6 +91,33 @@ def test_what_a_killed_run_left_half_written_is_swept_away(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def shard_jobs(*payloads: str, origin: str = "here") -> list[Job]:
+    return [Job(f"job-{p}", f"input {p} of {origin}", p, (f"job-{p}.tar",), origin) for p in payloads]
+
+
+def write_shard(job, directory, config) -> Report:
+    (directory / job.outputs[0]).write_text(job.origin)
+    return Report({job.outputs[0]: ""}, {})
+
+
+def test_finished_shards_of_other_input_are_neither_deleted_nor_overwritten_unasked(tmp_path, caplog):
+    run_jobs(write_shard, shard_jobs("a", "b"), tmp_path, {}, 5, 1)
+    with pytest.raises(DataError, match=r"not made from this input: job-a\.tar\. Give another --out.*--replace"):
+        run_jobs(write_shard, shard_jobs("b", "c"), tmp_path, {}, 5, 1)
+    with pytest.raises(DataError, match=r"not made from this input: job-a\.tar, job-b\.tar"):
+        run_jobs(write_shard, shard_jobs("a", "b", origin="elsewhere"), tmp_path, {}, 5, 1)
+    assert [path.read_text() for path in sorted(tmp_path.glob("*.tar"))] == ["here", "here"]
+    run_jobs(write_shard, shard_jobs("b", origin="elsewhere"), tmp_path, {}, 5, 1, replace=True)
+    assert [(path.name, path.read_text()) for path in tmp_path.glob("*.tar")] == [("job-b.tar", "elsewhere")]
+    assert "removed, as they are not made from this input: job-a.tar, job-b.tar" in caplog.text
+
+
+def test_the_same_input_from_another_place_is_finished(tmp_path):
+    run_jobs(write_shard, [Job("a", "hash", None, ("a.tar",), "here")], tmp_path, {}, 5, 1)
+    run_jobs(write_shard, [Job("a", "hash", None, ("a.tar",), "there")], tmp_path, {}, 5, 1)
+    assert (tmp_path / "a.tar").read_text() == "here"
+
+
 PARENT = """
 import os, sys, time
 from data_prep.jobs import process_pool

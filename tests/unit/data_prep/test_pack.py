@@ -16,7 +16,15 @@ from ltx2_train.media.audio import read_audio
 from ltx2_train.media.probe import probe
 from ltx2_train.media.video import read_video
 from ltx2_train.media.write import write_flac, write_mp4
-from tests.unit.media.media_files import FPS, RATE, click_waveform, encode_frames, flip_bits, ramp_frames
+from tests.unit.media.media_files import (
+    FPS,
+    RATE,
+    click_waveform,
+    encode_frames,
+    encode_sound,
+    flip_bits,
+    ramp_frames,
+)
 
 
 def records(out: Path) -> dict[str, dict[str, bytes]]:
@@ -132,6 +140,7 @@ def test_two_files_of_one_key_are_an_error_that_names_both(folder):
     [
         ({"caption": "x"}, "row 1: neither 'video'"),
         ({"video": "a.mp4", "reference_video": "b.mp4"}, "'reference_video' is not packed"),
+        ({"video": "a.mp4", "media_path": "b.mp4"}, "row 1: 'video' and 'media_path' mean the same"),
     ],
 )
 def test_rows_that_cannot_be_packed_are_named(folder, row, message):
@@ -241,14 +250,105 @@ def test_a_changed_file_is_packed_anew_and_others_are_not(folder, tmp_path, clip
     assert before[1] != after[1]
 
 
-def test_shards_of_files_that_are_gone_vanish(folder, tmp_path, clip):
+def test_shards_of_files_that_are_gone_vanish_only_where_that_is_asked_for(folder, tmp_path, clip):
     for name in ("a", "b"):
         (folder / f"{name}.mp4").write_bytes(clip.read_bytes())
         (folder / f"{name}.txt").write_text(name)
-    pack(folder, tmp_path / "out", PackConfig(clips_per_shard=1))
+    arguments = [str(folder), "--out", str(tmp_path / "out"), "--clips-per-shard", "1", "--workers", "1"]
+    main(arguments)
     (folder / "b.mp4").unlink()
-    pack(folder, tmp_path / "out", PackConfig(clips_per_shard=1))
+    with pytest.raises(DataError, match=r"shard-000001\.tar"):
+        main(arguments)
+    assert sorted(records(tmp_path / "out")) == ["a", "b"]
+    main([*arguments, "--replace"])
     assert sorted(records(tmp_path / "out")) == ["a"]
+
+
+def test_another_folder_does_not_overwrite_what_is_packed(tmp_path, clip):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.mp4").write_bytes(clip.read_bytes())
+        (tmp_path / name / f"{name}.txt").write_text(name)
+    pack(tmp_path / "a", tmp_path / "out", PackConfig())
+    with pytest.raises(DataError, match=r"out holds shards that are not made from this input: shard-000000\.tar"):
+        pack(tmp_path / "b", tmp_path / "out", PackConfig())
+    assert sorted(records(tmp_path / "out")) == ["a"]
+
+
+# --- sound of its own, and files that are left out ---
+
+
+def test_the_picture_stays_where_the_sound_comes_from_another_clip(folder, tmp_path, clip):
+    (folder / "seen.mp4").write_bytes(encode_frames(tmp_path / "m.mp4", ramp_frames()[::-1]).read_bytes())
+    (folder / "heard.mp4").write_bytes(clip.read_bytes())
+    rows = [{"video": "seen.mp4", "audio": "heard.mp4", "caption": "x"}]
+    pack(write_metadata(folder, rows), tmp_path / "out", PackConfig())
+    [members] = records(tmp_path / "out").values()
+    assert set(members) == {"mp4", "flac", "json"}
+    assert members["mp4"] == (folder / "seen.mp4").read_bytes()
+    whole, _ = read_audio(clip)
+    assert np.abs(read_audio(members["flac"])[0].numpy() - whole.numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.wave", "pcm_s16le"), ("a.mka", "flac"), ("a.aiff", "pcm_s16be")])
+def test_sound_of_an_unusual_suffix_is_stored_as_flac(folder, tmp_path, clip, name, codec):
+    (folder / "a.mp4").write_bytes(clip.read_bytes())
+    suffix = ".wav" if name == "a.wave" else Path(name).suffix
+    encode_sound(tmp_path / f"s{suffix}", click_waveform(), codec=codec).rename(folder / name)
+    rows = [{"video": "a.mp4", "audio": name, "caption": "x"}]
+    pack(write_metadata(folder, rows), tmp_path / "out", PackConfig())
+    [members] = records(tmp_path / "out").values()
+    assert set(members) == {"mp4", "flac", "json"}
+    sound = read_audio(members["flac"])[0].numpy()
+    assert np.abs(sound - click_waveform()[:, : sound.shape[1]]).max() < 1e-4
+
+
+def test_gaps_of_sound_that_becomes_flac_are_told(folder, tmp_path):
+    encode_sound(folder / "a.mka", click_waveform(3.0), codec="flac", hole=(0.5, 2.0))
+    metadata = write_metadata(folder, [{"audio": "a.mka", "caption": "x"}])
+    for seconds, gaps in ((20, {"a": [0.5, 2.0]}), (1.5, {"a-0000": [0.5, 1.5], "a-0001": [0.0, 0.5]})):
+        pack(metadata, tmp_path / f"{seconds}", PackConfig(max_seconds=seconds))
+        packed = records(tmp_path / f"{seconds}")
+        assert set(packed) == set(gaps)
+        for key, gap in gaps.items():
+            assert json.loads(packed[key]["json"])["audio_gaps"] == [pytest.approx(gap, abs=0.1)]
+
+
+def test_shards_that_are_packed_into_the_folder_itself_are_no_files_of_it(folder, clip):
+    (folder / "a.mp4").write_bytes(clip.read_bytes())
+    (folder / "a.txt").write_text("a ramp")
+    counts = [pack(folder, folder / "raw", PackConfig()) for _ in range(2)]
+    assert counts == [{"files": 1, "kept": 1}] * 2
+
+
+def test_a_video_that_encoding_would_not_recognise_is_refused(folder, tmp_path, clip):
+    (folder / "a.film").write_bytes(clip.read_bytes())
+    pack(write_metadata(folder, [{"video": "a.film", "caption": "x"}]), tmp_path / "out", PackConfig())
+    assert dropped(tmp_path / "out") == {"a.film": "unknown_suffix"}
+
+
+def test_every_file_of_a_folder_is_kept_or_named(folder, tmp_path, clip):
+    for name in ("a.mp4", "b.wmv", "latin.mp4", ".hidden.mp4"):
+        (folder / name).write_bytes(clip.read_bytes())
+    for name in ("a.txt", "b.txt", "z.txt"):
+        (folder / name).write_text("\ufeffa ramp", encoding="utf-8")
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "metadata.csv").write_text("video,caption\n")
+    for suffix in ("flac", "wav"):
+        encode_sound(folder / f"z.{suffix}", click_waveform(), codec="flac" if suffix == "flac" else "pcm_s16le")
+    counts = pack(folder, tmp_path / "out", PackConfig())
+    assert dropped(tmp_path / "out") == {
+        "b.wmv": "unknown_suffix",
+        "latin.mp4": "caption_unreadable",
+        "z.wav": "shadowed_audio",
+    }
+    packed = records(tmp_path / "out")
+    assert {key: json.loads(members["json"])["caption"] for key, members in packed.items()} == {
+        "a": "a ramp",
+        "z": "a ramp",
+    }
+    assert counts["files"] == counts["kept"] + 3 == 5
+    assert "latin.txt" in (tmp_path / "out" / "dropped.jsonl").read_text()
 
 
 @pytest.mark.parametrize("field", [{"max_seconds": 0}, {"min_seconds": 30}, {"clips_per_shard": 0}])

@@ -55,6 +55,30 @@ def encode_frames(
     return path
 
 
+def encode_sound(
+    path: Path,
+    waveform: NDArray[np.float32],
+    *,
+    codec: str = "pcm_s16le",
+    rate: int = RATE,
+    hole: tuple[float, float] = (0, 0),
+) -> Path:
+    """A file of (channels, N) samples in blocks of 20 ms, without the blocks that begin inside `hole` (s)."""
+    samples = waveform if codec == "aac" else (waveform * 32767).astype(np.int16)
+    layout, sample_format = {1: "mono", 2: "stereo"}[len(samples)], "fltp" if codec == "aac" else "s16"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        for at in range(0, samples.shape[1], rate // 50):
+            if not hole[0] <= at / rate < hole[1]:
+                block = samples[:, at : at + rate // 50]
+                planes = np.ascontiguousarray(block if codec == "aac" else block.T.reshape(1, -1))
+                frame = av.AudioFrame.from_ndarray(planes, format=sample_format, layout=layout)
+                frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
 def flip_bits(content: bytes, count: int = 40) -> bytes:
     """The bytes of an mp4 with bits flipped inside its media data."""
     damaged, rng = bytearray(content), np.random.default_rng(0)

@@ -10,7 +10,7 @@ from PIL import Image
 from ltx2_train.errors import DataError
 from ltx2_train.media.probe import NoSuchFileError, TruncatedError, constant_rate, probe
 from ltx2_train.media.video import read_video
-from tests.unit.media.media_files import FPS, encode_frames, flip_bits, ramp_frames
+from tests.unit.media.media_files import FPS, click_waveform, encode_frames, encode_sound, flip_bits, ramp_frames
 
 
 def test_a_clip_says_what_it_holds(clip):
@@ -112,3 +112,34 @@ def test_sound_alone_is_a_file_without_frames(tmp_path):
     write_flac(path, np.zeros((1, 8000), dtype=np.float32), 16000)
     info = probe(path)
     assert (info.has_video, info.channels, info.duration) == (False, 1, pytest.approx(0.5, abs=1e-3))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.aiff", "pcm_s16be"), ("a.mov", "pcm_s16le"), ("a.avi", "pcm_s16le")])
+def test_sound_whose_header_counts_samples_is_whole(tmp_path, name, codec):
+    info = probe(encode_sound(tmp_path / name, click_waveform(1.0), codec=codec), decode=True)
+    assert info.duration == pytest.approx(1.0, abs=0.001)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.aiff", "pcm_s16be"), ("a.flac", "flac")])
+def test_a_sound_file_that_is_cut_short_is_truncated(tmp_path, name, codec):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 32000)).astype(np.float32)
+    whole = encode_sound(tmp_path / name, noise, codec=codec).read_bytes()
+    with pytest.raises(TruncatedError, match="truncated"):
+        probe(whole[: len(whole) // 2], name=name)
+
+
+def test_a_gap_inside_a_track_is_missing_sound(tmp_path):
+    info = probe(encode_sound(tmp_path / "a.mka", click_waveform(3.0), codec="flac", hole=(0.5, 2.0)))
+    [gap] = info.audio_gaps
+    assert gap == pytest.approx((0.5, 2.0), abs=0.1)  # to the encoder's blocks
+    assert info.missing_audio(0, 3.0) == pytest.approx(gap[1] - gap[0], abs=0.002)
+    assert info.missing_audio(1.0, 0.5) == pytest.approx(0.5)
+    assert info.missing_audio(2.2, 0.5) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mkv", "aac"), ("a.ts", "aac"), ("a.mp4", "aac"), ("a.flv", "aac"), ("a.mkv", "flac"), ("a.wav", "pcm_s16le")],
+)
+def test_an_unbroken_track_has_no_gaps_in_any_container(tmp_path, name, codec):
+    assert probe(encode_sound(tmp_path / name, click_waveform(2.0, 44100), codec=codec, rate=44100)).audio_gaps == ()

@@ -92,6 +92,11 @@ def test_a_long_caption_is_cut_where_the_released_encoder_cuts(encoder):
     assert rows(encoder, "word " * 3000).shape == (1024, 256)
 
 
+def test_the_encoder_says_how_much_of_a_caption_it_cuts(encoder):
+    longest = "word " * 1023  # and the start row
+    assert [encoder.rows_cut(caption) for caption in ("", CAPTION, longest, longest + "a, b")] == [0, 0, 0, 3]
+
+
 def test_other_scripts_are_words_too():
     assert tokens("Крáсный мяч 球")[1:] == ["крáсный", "мяч", "球"]
 
