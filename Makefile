@@ -89,9 +89,10 @@ format: setup  ## put the formatting right and mend what lint can mend
 types: setup  ## mypy on the package
 	$(BIN)/mypy
 
-proof: setup  ## the long proofs (tests marked slow): exactness, overfit, sync learned from scratch
-	$(BIN)/python -m pytest -m slow $(ARGS)
+proof: setup  ## the long proofs: parity and exactness with their figures, then the tests marked slow
+	$(BIN)/python -m tests.proofs.parity
 	$(BIN)/python -m tests.proofs.exactness
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -4,6 +4,8 @@
 class Ltx2Error(Exception):
     """Base of all errors that are shown without a traceback by the command-line programs."""
 
+    agreed = False  # True where all ranks raise it together, none of them in a collective: all can go on alike
+
 
 class ConfigError(Ltx2Error, ValueError):
     """A setting is unknown, of the wrong type or out of its bound."""

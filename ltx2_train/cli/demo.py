@@ -27,7 +27,6 @@ examples:
   ltx2-demo --out outputs/small --clips 256 --steps 100   a quick look; too few steps for sound to meet picture
 """
 SIZE = {"width": 64, "height": 64, "frames": 41}
-TEXT_WIDTHS = {"video": 192, "audio": 128}  # of the demo model
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +95,16 @@ def tell(options: argparse.Namespace) -> int:
 
 def story(options: argparse.Namespace) -> list[Stage]:
     """All stages, in order."""
+    from ltx2_train.model.config import named_config
+
     out, seed = options.out, str(options.seed)
     world, raw, latents, run_dir = out / "world", out / "raw", out / "latents", out / "run"
     bucket = "{width}x{height}".format(**SIZE)
-    widths = [f"--{stream}-text-width={width}" for stream, width in TEXT_WIDTHS.items()]
+    model = named_config("demo")
+    widths = [
+        f"--video-text-width={model.video_connector_width}",
+        f"--audio-text-width={model.audio_connector_width}",
+    ]
     size = [f"--{name}={value}" for name, value in SIZE.items()]
     heldout = max(1, min(256, options.clips // 8))
     return [

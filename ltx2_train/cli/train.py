@@ -30,8 +30,8 @@ ltx2-train [GROUP=OPTION ...] [SETTING=VALUE ...]
 
 Trains the audio-video transformer on latent datasets (made by data_prep.encode), from scratch, from released weights,
 or a LoRA beside them. Everything goes into one run directory: configuration, metrics, checkpoints, evaluations. The
-same command given again goes on from the newest checkpoint. On SIGTERM or SIGUSR1 the step is finished and saved and
-the program ends with code 75; an error that a message explains ends it with 2.
+same command given again goes on from the newest checkpoint. On SIGTERM, SIGINT or SIGUSR1 the step is finished and
+saved and the program ends with code 75; an error that a message explains ends it with 2.
 
 Examples:
   ltx2-train experiment=demo data.datasets.0.path=outputs/demo/latents/train train.run_dir=outputs/demo/run
@@ -65,16 +65,20 @@ def run(job: "TrainJob") -> int:
 
 def train(job: "TrainJob", world: "World") -> "Outcome":
     """Trains the job to its end or to a signal."""
+    from ltx2_train.train.lock import lock_run
+
     set_up_logging(world.is_main)
     job.train.run_dir = world.broadcast_object(job.train.run_dir)  # its name may hold the time at which a rank started
-    trainer = build_trainer(job, world)
-    if trainer.state.step >= job.train.max_steps:
-        logger.info("nothing to do: %s is at step %d of %d", job.train.run_dir, trainer.state.step, job.train.max_steps)
-    try:
-        outcome = trainer.run()
-    finally:
-        for sink in trainer.sinks:
-            sink.close()
+    with lock_run(Path(job.train.run_dir), world):
+        trainer = build_trainer(job, world)
+        if trainer.finished:
+            step, last = trainer.state.step, job.train.max_steps
+            logger.info("nothing to do: %s is at step %d of %d", job.train.run_dir, step, last)
+        try:
+            outcome = trainer.run()
+        finally:
+            for sink in trainer.sinks:
+                sink.close()
     logger.info("%s at step %d; everything lies in %s", outcome.value, trainer.state.step, job.train.run_dir)
     return outcome
 
@@ -92,7 +96,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     from ltx2_train.train.ema import Ema
     from ltx2_train.train.metrics import Metrics
     from ltx2_train.train.optim import learning_rate
-    from ltx2_train.train.sinks import open_sinks
+    from ltx2_train.train.sinks import METRICS_NAME, open_sinks, recorded_events
     from ltx2_train.train.state import TrainState
     from ltx2_train.train.throughput import batch_load, training_flops
     from ltx2_train.train.trainer import Trainer
@@ -112,6 +116,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     state = TrainState() if restored is None else TrainState.from_dict(restored.state["train"])
     state = replace(state, skipped=tuple(sorted({*state.skipped, *job.data.skip})))
     plan = Plan([d.index for d in datasets], job.data.weights, job.data.plan, frozenset(state.skipped))
+    evaluated = world.broadcast_object(recorded_events(run_dir / METRICS_NAME, state.step))
     if world.is_main:
         save_job(job, run_dir)
     return Trainer(
@@ -135,6 +140,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
             is_main=world.is_main,
         ),
         evaluators=evaluators(job, heldout, marker, world),
+        evaluated={(state.step, name) for name in evaluated},
         records=BadRecords(job.data.loader.bad_fraction),
         job=settings,
         flops=lambda batch: training_flops(

@@ -171,6 +171,7 @@ def _outlive_termination(worker: int) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

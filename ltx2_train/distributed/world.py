@@ -2,13 +2,16 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ltx2_train.errors import Ltx2Error
 
 T = TypeVar("T")
 
@@ -55,6 +58,41 @@ class World:
         """Waits until every rank is here."""
         if self.size > 1:
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+
+class Gathers(Protocol):
+    """What of a world `agreed` needs."""
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
+
+def agreed(world: Gathers, task: Callable[[], T]) -> T:
+    """What `task` gives this rank; if it fails on any rank, all of them raise the first such error together.
+
+    The error is of the kind that the failing rank raised, or an `Ltx2Error` naming it, and is marked as agreed. `task`
+    calls no collective: a rank that failed before it would leave the others waiting there.
+    """
+    own: Exception | None = None
+    try:
+        result = task()
+    except Exception as error:
+        own = error
+    failures = [told for told in world.gather_objects(_told(own)) if told is not None]
+    if failures:
+        kind, message = failures[0]
+        together = kind(message)
+        together.agreed = True
+        raise together from own
+    return result
+
+
+def _told(error: Exception | None) -> tuple[type[Ltx2Error], str] | None:
+    """An error as it can be sent."""
+    if error is None:
+        return None
+    if isinstance(error, Ltx2Error):
+        return type(error), str(error)
+    return Ltx2Error, f"{type(error).__name__}: {error}"
 
 
 def init_world(timeout_seconds: float = 1800) -> World:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ltx2_train.batch import Batch, collate
 from ltx2_train.data.datasets import LatentDataset
 from ltx2_train.diffusion.objective import Objective
+from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.files import write_json
 from ltx2_train.record import Bucket
@@ -34,6 +35,8 @@ class WorldLike(Protocol):
     def device(self) -> torch.device: ...
 
     def all_sum(self, tensor: Tensor) -> Tensor: ...
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,14 +127,17 @@ class Heldout:
 
     @torch.no_grad()
     def measure(self, model: Callable[..., Any]) -> HeldoutLosses:
-        """The losses of `model`, the same numbers on all ranks."""
+        """The losses of `model`, the same numbers on all ranks.
+
+        Raises `DataError` on all ranks, before the model is called, when a clip of any of them cannot be read.
+        """
+        turns = share(self.groups, self.world)
+        batches = agreed(self.world, lambda: [self._batch(group) for group, _ in turns])
         sums = torch.zeros(3, len(self.indices), len(self.config.sigmas), dtype=torch.float64)
         rows = {index: row for row, index in enumerate(self.indices)}
-        for turn in range(math.ceil(len(self.groups) / self.world.size)):
-            place = turn * self.world.size + self.world.rank
-            group = self.groups[place] if place < len(self.groups) else self.groups[0]
-            losses = self._losses(model, group)
-            if place < len(self.groups):
+        for (group, counted), (batch, rng) in zip(turns, batches, strict=True):
+            losses = self._losses(model, batch.to(self.world.device), rng)
+            if counted:
                 sums[:, [rows[index] for index in group]] = losses
         video, audio, has = self.world.all_sum(sums.to(self.world.device)).cpu()
         has_video, has_audio = has.long() & 1 > 0, has.long() & 2 > 0
@@ -142,9 +148,8 @@ class Heldout:
             audio=audio.where(has_audio, math.nan),
         )
 
-    def _losses(self, model: Callable[..., Any], group: Sequence[int]) -> Tensor:
+    def _losses(self, model: Callable[..., Any], batch: Batch, rng: BatchRng) -> Tensor:
         """(3, clips, sigmas) fp64: video and audio losses, and which of them are there (1 video + 2 audio)."""
-        batch, rng = self._batch(group)
         columns = []
         for sigma in self.config.sigmas:
             losses = self.objective(model, batch, rng, sigma=sigma)
@@ -154,7 +159,7 @@ class Heldout:
     def _batch(self, group: Sequence[int]) -> tuple[Batch, BatchRng]:
         """The clips of a group, and noise that follows from their keys."""
         samples = [self.dataset.read(index) for index in group]
-        batch = collate(samples, range(len(samples)), samples[0].bucket).to(self.world.device)
+        batch = collate(samples, range(len(samples)), samples[0].bucket)
         return batch, BatchRng(self.config.seed, 0, [derive_seed("heldout", sample.key) for sample in samples])
 
 
@@ -174,6 +179,12 @@ def by_bucket(indices: Sequence[int], bucket_of: Callable[[int], Bucket], size: 
     return [group[i : i + size] for _, group in sorted(buckets.items()) for i in range(0, len(group), size)]
 
 
+def share(groups: Sequence[list[int]], world: WorldLike) -> list[tuple[list[int], bool]]:
+    """This rank's group of every turn, and whether it counts: all ranks have as many, some repeat the first."""
+    places = range(world.rank, math.ceil(len(groups) / world.size) * world.size, world.size)
+    return [(groups[place], True) if place < len(groups) else (groups[0], False) for place in places]
+
+
 def heldout_path(directory: Path, step: int) -> Path:
     """Where a run directory keeps the held-out losses of a step."""
     return directory / "evals" / f"heldout-{step:08d}.json"
@@ -186,8 +197,12 @@ def heldout_evaluator(
 
     def evaluate(model: Callable[..., Any], step: int) -> dict[str, Any]:
         losses = heldout.measure(model)
-        if heldout.world.rank == 0:
-            write_json(heldout_path(directory, step), {"step": step, weights: losses.to_dict()}, update=True)
+
+        def write() -> None:
+            if heldout.world.rank == 0:
+                write_json(heldout_path(directory, step), {"step": step, weights: losses.to_dict()}, update=True)
+
+        agreed(heldout.world, write)
         return {"weights": weights} | {f"loss_{m}": losses.mean(m).to_dict()["mean"] for m in MODALITIES}
 
     return evaluate

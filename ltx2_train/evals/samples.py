@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from ltx2_train.codecs.audio import AudioCodec
 from ltx2_train.codecs.video import VideoCodec
 from ltx2_train.data.datasets import LatentDataset
-from ltx2_train.diffusion.generate import Request, generate
+from ltx2_train.diffusion.generate import Generated, Request, generate
 from ltx2_train.diffusion.profiles import SamplerProfile
+from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.files import write_json
-from ltx2_train.evals.heldout import by_bucket, spread
+from ltx2_train.evals.heldout import WorldLike, by_bucket, share, spread
 from ltx2_train.evals.sync import TOLERANCE, compare, impacts, match, waveform_onsets
 from ltx2_train.geometry import SPACE_SCALE, pixel_frames
 from ltx2_train.media.video import to_frames
@@ -35,21 +36,6 @@ PEAKS = 240  # points of a drawn waveform
 RESAMPLINGS = 1000  # of the bootstrap over clips
 
 Pixels = NDArray[np.uint8]
-
-
-class WorldLike(Protocol):
-    """What of the ranks is needed here."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def gather_objects(self, value: Any) -> list[Any]: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,6 +101,19 @@ class Sampling:
     dtype: torch.dtype = torch.float32
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a rank samples in one turn. `counted`: False where it only keeps the other ranks company."""
+
+    indices: list[int]
+    references: list[Sample]
+    requests: list[Request]
+    counted: bool
+
+
+_Clips = dict[int, tuple[dict[str, Any], Pixels | None]]  # entries of samples.json and strips, by sample
+
+
 class Samples:
     """Samples a model on held-out captions. All ranks call it together, and all sample the same number of batches.
 
@@ -131,40 +130,58 @@ class Samples:
         self.groups = by_bucket(self.indices, dataset.index.bucket, config.batch_size)
 
     def run(self, model: Callable[..., Any], directory: Path, *, step: int, weights: str) -> dict[str, Any]:
-        """Sample, decode, measure and write everything into `directory`; the contents of its samples.json."""
-        found: dict[int, tuple[dict[str, Any], Pixels | None]] = {}
-        for turn in range(math.ceil(len(self.groups) / self.world.size)):
-            place = turn * self.world.size + self.world.rank
-            group = self.groups[place] if place < len(self.groups) else self.groups[0]
-            references = [self.dataset.read(index) for index in group]
-            films = self.sample(model, references, [self._seed(index) for index in group])
-            if place < len(self.groups):
-                found |= {i: self._clip(i, r, f, directory) for i, r, f in zip(group, references, films, strict=True)}
+        """Sample, decode, measure and write everything into `directory`; the contents of its samples.json.
+
+        Only the model runs in all ranks together, so only the model stands between reading and the rest: what fails in
+        those is raised on all ranks.
+        """
+        tasks = agreed(self.world, self._read)
+        latents = [self._sample(model, task.requests) for task in tasks]
+        found = agreed(self.world, lambda: self._clips(tasks, latents, directory))
         everyone = {i: clip for part in self.world.gather_objects(found) for i, clip in part.items()}
         clips = [everyone[index][0] for index in self.indices]
         summary = {"step": step, "weights": weights, "profile": self.sampling.profile.name, "count": len(clips)}
         summary |= {"clips": clips, "sync": sync_figures(clips), "sheet": None}
-        if self.world.rank == 0:
-            summary["sheet"] = _write_sheet(directory, [everyone[index][1] for index in self.indices])
-            write_json(directory / "samples.json", summary)
+
+        def write() -> None:
+            if self.world.rank == 0:
+                summary["sheet"] = _write_sheet(directory, [everyone[index][1] for index in self.indices])
+                write_json(directory / "samples.json", summary)
+
+        agreed(self.world, write)
         return summary
 
-    def sample(self, model: Callable[..., Any], references: Sequence[Sample], seeds: Sequence[int]) -> list[Film]:
-        """Films of the references' captions, of the references' sizes."""
-        requests = [request_like(r, self.sampling.negative, seed) for r, seed in zip(references, seeds, strict=True)]
-        sampling = self.sampling
-        latents = generate(
+    def _read(self) -> list["_Task"]:
+        """This rank's tasks, one per turn."""
+        tasks = []
+        for group, counted in share(self.groups, self.world):
+            references = [self.dataset.read(index) for index in group]
+            requests = [
+                request_like(r, self.sampling.negative, self._seed(i)) for i, r in zip(group, references, strict=True)
+            ]
+            tasks.append(_Task(group, references, requests, counted))
+        return tasks
+
+    def _sample(self, model: Callable[..., Any], requests: Sequence[Request]) -> Generated:
+        return generate(
             model,
             requests,
-            sampling.profile,
+            self.sampling.profile,
             device=self.world.device,
-            dtype=sampling.dtype,
-            keyframe_marker=sampling.keyframe_marker,
+            dtype=self.sampling.dtype,
+            keyframe_marker=self.sampling.keyframe_marker,
         )
-        rows = range(len(requests))
-        videos = [latents.video[i] if latents.video is not None else None for i in rows]
-        audios = [latents.audio[i] if latents.audio is not None else None for i in rows]
-        return [self.codecs.decode(v, a, r.fps) for v, a, r in zip(videos, audios, references, strict=True)]
+
+    def _clips(self, tasks: Sequence["_Task"], latents: Sequence[Generated], directory: Path) -> "_Clips":
+        found: _Clips = {}
+        for task, generated in zip(tasks, latents, strict=True):
+            if not task.counted:
+                continue
+            for row, (index, reference) in enumerate(zip(task.indices, task.references, strict=True)):
+                video, audio = (x[row] if x is not None else None for x in (generated.video, generated.audio))
+                film = self.codecs.decode(video, audio, reference.fps)
+                found[index] = self._clip(index, reference, film, directory)
+        return found
 
     def _seed(self, index: int) -> int:
         return self.config.seed + self.indices.index(index)

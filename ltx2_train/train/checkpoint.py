@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2_train.distributed.engine import Engine, PendingSave
-from ltx2_train.distributed.world import World
+from ltx2_train.distributed.world import World, agreed
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.train.state import check_same_run
 
@@ -29,8 +29,10 @@ MANIFEST = "manifest.json"
 CONFIG = "config.json"
 FORMAT = 1
 PARTIAL = ".partial-"
+REPLACED = ".replaced-"
 SET_ASIDE = "set-aside-"
 POLL_SECONDS = 0.05
+SETTLE_SECONDS = 600.0  # what a run that ends with an error gives the checkpoint in flight
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -126,9 +128,7 @@ class Checkpointer:
         self._outcome: Saved | BaseException | None = None
         if self.world.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(f"{PARTIAL}*"):
-                logger.warning("%s: left by a run that was killed while saving; removed", leftover)
-                shutil.rmtree(leftover, ignore_errors=True)
+            _tidy(self.root)
         self.world.barrier()
 
     def save(self, step: int, engine: Engine, state: dict[str, Any], config: dict[str, Any]) -> Path:
@@ -140,10 +140,8 @@ class Checkpointer:
         self.wait()
         final = checkpoint_directory(self.run_dir, step)
         partial = self.root / f"{PARTIAL}{final.name}"
-        try:
-            pending = engine.save(partial, state)
-        except OSError as error:
-            raise self._explained(step, error, 0) from error
+        agreed(self.world, lambda: self._open(step, partial))
+        pending = engine.save(partial, state)
         self._thread = threading.Thread(
             target=self._complete, args=(step, pending, partial, final, json.dumps(config), begin), daemon=True
         )
@@ -151,18 +149,45 @@ class Checkpointer:
         return final
 
     def poll(self) -> Saved | None:
-        """The checkpoint that has become complete since the last call, if any. Raises the save's `CheckpointError`."""
-        return None if self._thread is None or self._thread.is_alive() else self.wait()
+        """The checkpoint that has become complete on all ranks since the last call, if any.
+
+        Raises the save's `CheckpointError`, the same on all ranks.
+        """
+        if self._thread is None or any(self.world.gather_objects(self._thread.is_alive())):
+            return None
+        return self.wait()
 
     def wait(self) -> Saved | None:
         """Blocks until no save is in flight; otherwise as `poll`."""
+        return None if self._thread is None else agreed(self.world, self._join)
+
+    def settle(self, seconds: float = SETTLE_SECONDS) -> Saved | None:
+        """As `wait`, but of this rank alone, bounded and without raising: for a run that ends with another error."""
         if self._thread is None:
             return None
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.error("the checkpoint in flight was not complete after %.0f s and is given up", seconds)
+            return None
+        try:
+            return self._join()
+        except CheckpointError as error:
+            logger.error("%s", error)
+            return None
+
+    def _join(self) -> Saved:
+        assert self._thread is not None
         self._thread.join()
         outcome, self._thread, self._outcome = self._outcome, None, None
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+        if isinstance(outcome, Saved):
+            return outcome
+        raise outcome or CheckpointError(f"saving in {self.root} failed")
+
+    def _open(self, step: int, partial: Path) -> None:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._explained(step, error, 0) from error
 
     def load(
         self, engine: Engine, template: dict[str, Any] | None = None, directory: Path | None = None
@@ -220,7 +245,8 @@ class Checkpointer:
 
     def _set_newer_aside(self, chosen: Path, step: int) -> None:
         """Checkpoints beyond the one that was asked for belong to a course that is given up."""
-        newer = [d for d in _step_directories(self.root) if _step_of(d) > step] if chosen.parent == self.root else []
+        same = chosen.resolve().parent == self.root.resolve()
+        newer = [d for d in _step_directories(self.root) if _step_of(d) > step] if same else []
         self.world.barrier()
         for directory in newer:
             self._set_aside(directory)
@@ -243,6 +269,7 @@ class Checkpointer:
             num_bytes = sum(entry["bytes"] for entry in read_manifest(final)["files"].values())
             self._outcome = Saved(step, final, num_bytes, time.monotonic() - begin)
         except BaseException as error:
+            self._outcome = error  # should the directory be gone, so that nothing can be said of it
             self._outcome = self._explained(step, error, pending.num_bytes)
 
     def _leave_marker(self, pending: PendingSave, partial: Path) -> dict[str, Any]:
@@ -296,10 +323,13 @@ class Checkpointer:
         manifest["files"] = files
         _write_whole(partial / MANIFEST, manifest | {"digest": _digest(manifest)})
         _sync(partial)
-        if final.exists():  # saved again after a resume from an older one
-            _remove(final)
+        replaced = final.with_name(f"{REPLACED}{final.name}")
+        if final.exists():  # saved again after a resume from an older one: both are there until the new one is
+            _discard(replaced)
+            final.rename(replaced)
         partial.rename(final)
         _sync(final.parent)
+        _discard(replaced)
 
     def _await_finish(self, partial: Path, final: Path, own: dict[str, Any]) -> None:
         """Other ranks: wait until rank 0 has renamed or removed the directory that holds this rank's part."""
@@ -396,8 +426,34 @@ def _sync(directory: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Removes a checkpoint so that a half-removed one is never seen."""
+    """Removes a checkpoint so that a half-removed one is never seen. One that cannot be removed costs only its room."""
     hidden = directory.with_name(f"{PARTIAL}removed-{directory.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    directory.rename(hidden)
-    shutil.rmtree(hidden)
+    _discard(hidden)
+    try:
+        directory.rename(hidden)
+    except OSError as error:
+        logger.warning("%s is no longer needed but cannot be removed: %s", directory, error)
+    _discard(hidden)
+
+
+def _discard(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return  # nothing there, or gone meanwhile
+    except OSError as error:
+        logger.warning("%s is no longer needed but cannot be removed: %s", directory, error)
+
+
+def _tidy(root: Path) -> None:
+    """Removes what a killed run left half-written, and puts back what it was about to replace."""
+    for replaced in root.glob(f"{REPLACED}*"):
+        final = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if final.exists():
+            _discard(replaced)
+        else:
+            logger.warning("%s: its successor was not completed; it is put back as %s", replaced, final.name)
+            replaced.rename(final)
+    for leftover in root.glob(f"{PARTIAL}*"):
+        logger.warning("%s: left by a run that was killed while saving; removed", leftover)
+        _discard(leftover)

@@ -83,14 +83,28 @@ class JsonlSink:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Cuts a metrics file back to `step`: later lines and a half-written last line go, so that no curve runs twice."""
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    """Cuts a metrics file back to `step`: later lines and a half-written last line go, so that no curve runs twice.
+
+    At step 0 nothing stays: the run starts anew, its first evaluation included.
+    """
+    kept = [line for line in _lines(path) if step and _step_of(line) <= step]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
     partial.replace(path)
 
 
-def _step_of(line: str) -> float:
+def recorded_events(path: Path, step: int) -> set[str]:
+    """Names of the events of a step in a metrics file; none of step 0, where a run starts anew."""
+    lines = _lines(path) if step and path.exists() else []
+    return {record["event"] for record in (json.loads(x) for x in lines if _step_of(x) == step) if "event" in record}
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Bytes, because a kill can tear a character, and because text has more line ends than the one that is written."""
+    return path.read_bytes().split(b"\n")
+
+
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

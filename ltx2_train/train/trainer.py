@@ -19,7 +19,7 @@ from ltx2_train.data.loader import BadRecords
 from ltx2_train.diffusion.objective import Objective
 from ltx2_train.distributed.engine import Engine, StepResult
 from ltx2_train.distributed.world import World
-from ltx2_train.errors import ConfigError, DataError, NonFiniteError
+from ltx2_train.errors import ConfigError, Ltx2Error, NonFiniteError
 from ltx2_train.rng import BatchRng
 from ltx2_train.train.checkpoint import Checkpointer, Saved
 from ltx2_train.train.ema import Ema
@@ -41,7 +41,7 @@ class TrainConfig:
     max_steps: int = 1000
     """Optimizer updates of the whole run, resumptions included."""
     log_every: int = 10
-    """Steps between records; the first and the last step and every saved one are recorded too."""
+    """Steps between records; the first and the last step and every saved or evaluated one are recorded too."""
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end. A signal saves too."""
     keep_last: int = 2
@@ -55,7 +55,8 @@ class TrainConfig:
     evaluate_last: bool = True
     """Evaluate after the last step."""
     strict_evaluation: bool = False
-    """True: an evaluation that fails ends the run. False: it is reported and training goes on."""
+    """True: an evaluation that fails ends the run. False: it is reported and training goes on. With several ranks this
+    is so for what all of them can know of: a failure of one in the middle of the model ends the run either way."""
     resume: str = "auto"
     """auto: go on from the newest complete checkpoint in run_dir, if there is one; never: start at step 0 in an empty
     run_dir; a path: go on from that checkpoint."""
@@ -102,6 +103,8 @@ class Trainer:
     ema: Ema | None = None
     sinks: Sequence[Sink] = ()
     evaluators: dict[str, Evaluator] = field(default_factory=dict)
+    evaluated: set[tuple[int, str]] = field(default_factory=set)
+    """(step, name) of the evaluations that are done; what is due at `state.step` and not among them is done first."""
     records: BadRecords | None = None
     """The limit on damaged records."""
     job: dict[str, Any] = field(default_factory=dict)
@@ -117,32 +120,40 @@ class Trainer:
         """Trains to `max_steps` or to a signal, and leaves a complete checkpoint.
 
         Raises `NonFiniteError` naming the samples if a loss or gradient is not finite; nothing of the step is applied.
+        Whatever ends the run, a checkpoint that is being written is completed.
         """
-        if self.config.evaluate_first and self.state.step == 0:
-            self.evaluate()
-        try:
-            self._run_steps()
-        except (NonFiniteError, DataError):  # all ranks have come to the same: what is being saved is completed
-            self._report_saved(self.checkpoints.wait())
-            raise
-        self._report_saved(self.checkpoints.wait())
-        return Outcome.STOPPED if self.state.step < self.config.max_steps else Outcome.DONE
-
-    def _run_steps(self) -> None:
-        config, batches, stop = self.config, iter(self.batches), False
         with _Signals() as signals:
-            while self.state.step < config.max_steps and not stop:
-                self.train_step(batches)
-                stop = self._any(signals.received)
-                if stop:
-                    logger.warning("told to stop: step %d is saved, then the run ends", self.state.step)
-                if stop or self._due(config.save_every):
-                    self.log()
+            try:
+                self._run_steps(signals)
+                self._report_saved(self.checkpoints.wait())
+            except Exception:  # the other ranks may know nothing of it: nothing is asked of them
+                self._report_saved(self.checkpoints.settle())
+                raise
+        return Outcome.DONE if self.finished else Outcome.STOPPED
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, and what is to be evaluated after it."""
+        return self.state.step >= self.config.max_steps and not self._owed()
+
+    def _run_steps(self, signals: "_Signals") -> None:
+        config, batches = self.config, iter(self.batches)
+        if self._owed():
+            self.evaluate()
+        stop = self._told_to_stop(signals)
+        while self.state.step < config.max_steps and not stop:
+            self.train_step(batches)
+            stop = self._told_to_stop(signals)
+            save, evaluate = stop or self._due(config.save_every), bool(self._owed()) and not stop
+            if save or evaluate or self._due(config.log_every) or self.state.step == 1:
+                self.log()
+            if save:
+                self.save()
+            if evaluate:
+                self.evaluate()
+                stop = self._told_to_stop(signals)
+                if stop and not save:
                     self.save()
-                elif self._due(config.log_every) or self.state.step == 1:
-                    self.log()
-                if not stop and self._due(config.eval_every, last=config.evaluate_last):
-                    self.evaluate()
 
     def train_step(self, batches: Iterator[Sequence[Batch]]) -> None:
         """One optimizer update over the micro-batches that the plan gives this rank."""
@@ -190,21 +201,32 @@ class Trainer:
             self._emit(event | {"mib": size, "seconds": round(saved.seconds, 2)})
 
     def evaluate(self) -> None:
-        """Runs every evaluator on the averaged weights; a failure is reported, and raised only if the run is strict."""
+        """Runs the evaluations owed at this step on the averaged weights."""
         self._report_saved(self.checkpoints.wait())  # complete first: nothing that happens here can cost it
-        if not self.evaluators:
-            return
         average = self.engine.swapped(self.ema.weights()) if self.ema is not None else contextlib.nullcontext()
         with average, torch.no_grad():
-            for name, evaluator in self.evaluators.items():
-                try:
-                    self._emit({"event": name} | evaluator(self.engine.model, self.state.step))
-                except Exception as error:
-                    if self.config.strict_evaluation:
-                        raise
-                    logger.exception("evaluation %s failed at step %d; training goes on", name, self.state.step)
-                    message = f"{type(error).__name__}: {error}"
-                    self._emit({"event": "evaluation_failed", "name": name, "message": message})
+            for name in self._owed():
+                self._emit(self._evaluate(name))
+                self.evaluated.add((self.state.step, name))
+
+    def _evaluate(self, name: str) -> dict[str, Any]:
+        """An evaluation's event. A failure is raised if the run is strict, or if other ranks may know nothing of it:
+        they may wait in a collective that this one will never call.
+        """
+        try:
+            return {"event": name} | self.evaluators[name](self.engine.model, self.state.step)
+        except Exception as error:
+            everywhere = self.world.size == 1 or (isinstance(error, Ltx2Error) and error.agreed)
+            if self.config.strict_evaluation or not everywhere:
+                raise
+            logger.exception("evaluation %s failed at step %d; training goes on", name, self.state.step)
+            return {"event": "evaluation_failed", "name": name, "message": f"{type(error).__name__}: {error}"}
+
+    def _owed(self) -> list[str]:
+        """The evaluations that are due at this step and not done."""
+        config, step = self.config, self.state.step
+        due = self._due(config.eval_every, last=config.evaluate_last) if step else config.evaluate_first
+        return [name for name in self.evaluators if due and (step, name) not in self.evaluated]
 
     def _counts(self, micro_batches: Sequence[Batch], rngs: Sequence[BatchRng]) -> Tensor:
         """(2,) samples of the whole step, on all ranks, that have a video and an audio loss."""
@@ -255,11 +277,14 @@ class Trainer:
         """The lists of all ranks, in the order of ranks."""
         return [item for items in self.world.gather_objects(mine) for item in items]
 
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank, so that all of them stop at the same step."""
-        if self.world.size == 1:
-            return flag
-        return bool(self.world.all_sum(torch.tensor([float(flag)], device=self.world.device)).item())
+    def _told_to_stop(self, signals: "_Signals") -> bool:
+        """Whether any rank had a signal, so that all of them stop at the same step."""
+        stop = signals.received
+        if self.world.size > 1:
+            stop = bool(self.world.all_sum(torch.tensor([float(stop)], device=self.world.device)).item())
+        if stop:
+            logger.warning("told to stop: step %d is saved, then the run ends", self.state.step)
+        return stop
 
     def _due(self, every: int, *, last: bool = True) -> bool:
         if self.state.step >= self.config.max_steps:
@@ -289,13 +314,15 @@ def _bad_keys(keys: Sequence[str], *losses: Tensor) -> list[str]:
 
 
 class _Signals:
-    """Remembers SIGTERM and SIGUSR1 instead of dying of them, while the context lasts."""
+    """Remembers signals instead of dying of them, while the context lasts. A second SIGINT ends what is going on."""
 
     def __init__(self) -> None:
         self.received = False
+        self._interrupted = False
 
     def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -303,4 +330,7 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.received = True  # and nothing else: a handler may interrupt a write to the log

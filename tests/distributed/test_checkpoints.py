@@ -186,6 +186,32 @@ def test_a_write_that_fails_costs_no_checkpoint(tmp_path, size, full_on):
     assert newest_complete(tmp_path).name == "step-00000004"
 
 
+def one_save_fails(world: World, run_dir: str) -> list[str]:
+    """Rank 1 hears of the failure of rank 0 when it asks next, though its own part was fine."""
+    from ltx2_train.train import checkpoint
+
+    engine, checkpoints = toy_engine(world), Checkpointer(Path(run_dir), world)
+    if world.is_main:
+        checkpoint._sync = lambda directory: (_ for _ in ()).throw(OSError("the disk is gone"))
+    checkpoints.save(1, engine, {}, {})
+    messages = []
+    while not messages:
+        try:
+            checkpoints.poll()
+            time.sleep(0.02)
+        except CheckpointError as error:
+            messages = [str(error), str(error.agreed)]
+    world.barrier()
+    return messages
+
+
+def test_a_failed_save_ends_the_run_on_all_ranks_together(tmp_path):
+    first, second = run_on_ranks(one_save_fails, 2, str(tmp_path))
+    assert first == second
+    assert "the disk is gone" in first[0]
+    assert first[1] == "True"
+
+
 def test_a_disk_that_is_full_for_the_manifest_costs_no_checkpoint(world, tmp_path, monkeypatch):
     from ltx2_train.train import checkpoint
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from ltx2_train.distributed.world import World, close_world, init_world
-from ltx2_train.errors import DataError
+from ltx2_train.distributed.world import World, agreed, close_world, init_world
+from ltx2_train.errors import DataError, Ltx2Error
 from ltx2_train.testing import run_on_ranks
 from ltx2_train.testing.ranks import RankError
 
@@ -38,6 +38,25 @@ def test_the_exception_of_a_rank_is_raised_here_with_its_traceback():
     assert "rank 1 failed" in str(caught.value.__cause__)
     assert "in fails_on_one" in str(caught.value.__cause__)
     assert multiprocessing.active_children() == []
+
+
+def agrees(world: World, error: type[Exception]) -> tuple:
+    def task() -> int:
+        if world.rank == 1:
+            raise error("clip 7 is broken")
+        return world.rank
+
+    with pytest.raises(Ltx2Error) as caught:
+        agreed(world, task)
+    return type(caught.value), str(caught.value), caught.value.agreed, agreed(world, lambda: world.rank)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(DataError, (DataError, "clip 7 is broken")), (OSError, (Ltx2Error, "OSError: clip 7 is broken"))],
+)
+def test_what_fails_on_one_rank_is_raised_on_all_and_they_go_on_together(error, told):
+    assert run_on_ranks(agrees, 2, error) == [(*told, True, 0), (*told, True, 1)]
 
 
 def dies(world: World) -> None:

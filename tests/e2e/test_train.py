@@ -219,6 +219,32 @@ def test_held_out_losses_come_before_and_after(data, tmp_path):
     assert sorted(p.name for p in (run / "evals").iterdir()) == ["heldout-00000000.json", "heldout-00000002.json"]
 
 
+def test_an_evaluation_that_a_kill_interrupted_is_made_up_for(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    held = (f"evaluation.datasets=[{data}]", "evaluation.samples=null", "evaluation.heldout.clips=4")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ltx2_train.evals.heldout.Heldout.measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ltx2_train(*arguments(data, run, *held, "train.max_steps=2"))
+    for _ in range(2):
+        assert ltx2_train(*arguments(data, run, *held, "train.max_steps=2")) == 0
+        assert [r["step"] for r in records(run, "heldout")] == [2]
+
+
+@pytest.mark.slow
+def test_a_damaged_held_out_record_that_one_rank_reads_is_reported_and_training_goes_on(tmp_path):
+    latents, run = small_dataset(tmp_path / "latents"), tmp_path / "run"
+    held = (f"evaluation.datasets=[{damaged(tmp_path / 'held')}]", "evaluation.samples=null", "train.eval_every=2")
+    more = ("data.plan.micro_batches_per_step=2", "evaluation.heldout.batch_size=1")
+    run_on_ranks(run_job, 2, *arguments(latents, run, *held, *more))
+    assert [r["step"] for r in records(run, "evaluation_failed")] == [2, 4, 6]
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+
+
 def run_job(world: World, *arguments: str) -> None:
     torch.use_deterministic_algorithms(True)
     job = composed(*arguments)
@@ -274,13 +300,15 @@ def await_step(process: subprocess.Popen, run: Path, step: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_scheduler_that_stops_all_processes_finds_the_step_saved(data, tmp_path):
-    """SIGTERM to the whole process group, data workers included."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_scheduler_that_stops_all_processes_finds_the_step_saved(data, tmp_path, number):
+    """A signal to the whole process group, data workers included, and another start on the same run meanwhile."""
     run = tmp_path / "run"
     long = ("train.max_steps=100000", "train.save_every=0", "data.loader.num_workers=1")
     process = started(*arguments(data, run, *long))
     await_step(process, run, 2)
-    os.killpg(process.pid, signal.SIGTERM)
+    assert ltx2_train(*arguments(data, run, *long)) == 2, "the directory is taken"
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED == 75, errors
     (saved,) = complete_checkpoints(run)

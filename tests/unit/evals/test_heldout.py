@@ -8,7 +8,7 @@ import torch
 
 from ltx2_train.data.datasets import open_dataset
 from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
-from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.errors import ConfigError, DataError, Ltx2Error
 from ltx2_train.evals.heldout import (
     Estimate,
     Heldout,
@@ -66,6 +66,40 @@ def test_all_ranks_run_the_model_equally_often(dataset):
     models = [LinearModel() for _ in range(4)]
     on_ranks(4, lambda world: measured(dataset, world, models[world.rank]))
     assert len({model.calls for model in models}) == 1
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_clip_that_one_rank_cannot_read_is_told_to_all_before_the_model_runs(tmp_path, size):
+    samples = [random_sample(f"clip-{i}", SOUND) for i in range(6)]
+    write_latent_dataset(tmp_path, samples)
+    hurt = open_dataset(tmp_path)
+    shard = next(tmp_path.glob("*.tar"))
+    raw = bytearray(shard.read_bytes())
+    raw[int(hurt.index.tensors_offset[4]) + int(hurt.index.tensors_size[4]) - 4] ^= 0xFF
+    shard.write_bytes(raw)
+    model = LinearModel()
+
+    def failure(world):
+        with pytest.raises(DataError, match="clip-4: damaged record") as caught:
+            measured(hurt, world, model, clips=6, batch_size=1)
+        return caught.value
+
+    failures = on_ranks(size, failure)
+    assert [error.agreed for error in failures] == [True] * size
+    assert len({str(error) for error in failures}) == 1
+    assert model.calls == 0
+
+
+def test_a_result_that_cannot_be_written_is_told_to_all(dataset, tmp_path):
+    (tmp_path / "evals").write_text("in the way")
+
+    def failure(world):
+        heldout = Heldout(dataset, Objective(ObjectiveConfig(), None, False), HeldoutConfig(clips=2), world)
+        with pytest.raises(Ltx2Error, match="FileExistsError|NotADirectoryError") as caught:
+            heldout_evaluator(heldout, tmp_path)(LinearModel(), 7)
+        return caught.value.agreed
+
+    assert on_ranks(2, failure) == [True, True]
 
 
 def test_a_clip_is_noised_alike_whatever_stands_beside_it(dataset):

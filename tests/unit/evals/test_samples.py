@@ -1,6 +1,7 @@
 """Samples: every file that is promised, the same clips on any number of ranks, sync of what is really heard."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -114,6 +115,28 @@ def test_two_ranks_sample_the_same_clips(run, dataset, codecs, tmp_path):
         mine, theirs = summary["clips"], run[1]["clips"]
         assert [(c["key"], c["seed"]) for c in mine] == [(c["key"], c["seed"]) for c in theirs]
         assert [c["real"]["impacts"] for c in mine] == [c["real"]["impacts"] for c in theirs]
+
+
+@pytest.mark.parametrize("what", ["read", "decode"])
+def test_what_fails_on_one_rank_fails_on_all_and_leaves_none_in_the_model(dataset, codecs, tmp_path, monkeypatch, what):
+    owner = {"read": type(dataset), "decode": Codecs}[what]
+    works, ranks = getattr(owner, what), []
+
+    def fails_on_one(self, *args):
+        ranks.append(threading.get_ident())
+        if ranks[0] == threading.get_ident():
+            raise DataError("clip-3 is broken")
+        return works(self, *args)
+
+    monkeypatch.setattr(owner, what, fails_on_one)
+
+    def failure(world):
+        with pytest.raises(DataError, match="clip-3 is broken") as caught:
+            sampled(world, dataset, codecs, tmp_path)
+        return caught.value.agreed
+
+    assert on_ranks(2, failure) == [True, True]
+    assert not (tmp_path / "samples.json").exists()
 
 
 def test_a_silent_clip_is_asked_for_without_sound():

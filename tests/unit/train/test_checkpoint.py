@@ -142,6 +142,59 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert checkpoints.load(FileEngine()).state == {"step": 4, "again": True}
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_loses_neither(tmp_path, monkeypatch):
+    """The rename that would bring in the new one never comes."""
+    checkpoints = saved(tmp_path, 4)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial-step"):
+            raise SystemExit("killed")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    checkpoints.save(4, FileEngine(), {"step": 5}, {})
+    with pytest.raises(CheckpointError):
+        checkpoints.wait()
+    monkeypatch.undo()
+    assert saved(tmp_path).load(FileEngine()).state == {"step": 4}
+
+
+def test_trouble_in_removing_an_old_checkpoint_is_no_failed_save(tmp_path, monkeypatch, caplog):
+    def refuse(path: Path, **_: Any) -> None:
+        if Path(path).exists():
+            raise OSError(16, "Device or resource busy")
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("ltx2_train.train.checkpoint.shutil.rmtree", refuse)
+    saved(tmp_path, 1, 2, keep_last=1)
+    assert [d.name for d in complete_checkpoints(tmp_path)] == ["step-00000002"]
+    assert "Device or resource busy" in caplog.text
+
+
+def test_a_run_that_ends_with_an_error_completes_its_checkpoint_in_bounded_time(tmp_path, caplog):
+    gate = threading.Event()
+    checkpoints = Checkpointer(tmp_path, WORLD)
+    checkpoints.save(1, FileEngine(gate), {}, {})
+    assert checkpoints.settle(0.05) is None
+    assert "given up" in caplog.text
+    gate.set()
+    assert checkpoints.settle().step == 1
+    checkpoints.save(2, FileEngine(failure=OSError("broken disk")), {}, {})
+    assert checkpoints.settle() is None
+    assert "broken disk" in caplog.text
+
+
+@pytest.mark.parametrize(("run_dir", "absolute"), [("run", True), ("run", False), ("link", True)])
+def test_going_back_sets_newer_ones_aside_however_the_paths_are_written(tmp_path, monkeypatch, run_dir, absolute):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    checkpoints = saved(Path("run"), 3, 6)
+    older = checkpoint_directory(Path(run_dir), 3)
+    assert checkpoints.load(FileEngine(), directory=older.absolute() if absolute else older).step == 3
+    assert [d.name for d in complete_checkpoints(Path("run"))] == ["step-00000003"]
+
+
 def test_nothing_to_go_on_from_is_none(tmp_path):
     assert Checkpointer(tmp_path, WORLD).load(FileEngine()) is None
 

@@ -4,7 +4,7 @@ import logging
 import subprocess
 import sys
 
-from ltx2_train.train.sinks import ConsoleSink, JsonlSink, SinksConfig, numbers, open_sinks
+from ltx2_train.train.sinks import ConsoleSink, JsonlSink, SinksConfig, numbers, open_sinks, recorded_events
 
 RECORD = {
     "step": 3,
@@ -44,6 +44,37 @@ def test_a_line_torn_by_a_kill_is_cut(tmp_path):
         file.write('{"step": 2, "loss"')
     JsonlSink(path, step=2).close()
     assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_a_line_torn_inside_a_character_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2])
+    with path.open("ab") as file:
+        file.write('{"step": 2, "key": "clé"}'.encode()[:-3])
+    JsonlSink(path, step=2).close()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_a_key_with_a_line_separator_does_not_split_its_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log({"step": 1, "keys": ["a\u2028b", "c\x85d"]})
+    sink.close()
+    before = path.read_bytes()
+    JsonlSink(path, step=1).close()
+    assert path.read_bytes() == before
+
+
+def test_events_of_a_step_are_found_again_and_none_of_a_new_start(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert recorded_events(path, 3) == set()
+    path.write_text(
+        '{"step": 0, "event": "a"}\n{"step": 3}\n{"step": 3, "event": "b"}\n{"step": 4, "event": "c"}\n{"st'
+    )
+    assert recorded_events(path, 3) == {"b"}
+    assert recorded_events(path, 0) == set()
+    JsonlSink(path, step=0).close()
+    assert lines(path) == []
 
 
 def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path):

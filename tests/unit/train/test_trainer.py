@@ -105,6 +105,7 @@ class Objective:
 class Saves:
     states: list = field(default_factory=list)
     in_flight: list = field(default_factory=list)
+    settled: list = field(default_factory=list)
 
     def save(self, step, engine, state, config):
         assert not self.in_flight
@@ -116,6 +117,10 @@ class Saves:
 
     def poll(self):
         return None
+
+    def settle(self):
+        self.settled.append(len(self.in_flight))
+        return self.wait()
 
 
 class Records(list):
@@ -270,7 +275,7 @@ def test_a_bad_record_is_reported_by_key_and_moves_no_other_sample():
     assert "k9: damaged" in event["message"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_that_it_fell_into_is_saved(number):
     def batches():
         for n in range(6):
@@ -285,6 +290,85 @@ def test_a_signal_ends_the_run_after_the_step_that_it_fell_into_is_saved(number)
     assert not t.checkpoints.in_flight
     assert [r["step"] for r in records(t)] == [1, 2]
     assert signal.getsignal(number) is before
+
+
+def test_signals_are_held_until_the_last_checkpoint_is_complete():
+    class Slow(Saves):
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait()
+
+    t = trainer(endless(batch("k1")), checkpoints=Slow())
+    assert t.run() is Outcome.STOPPED
+    assert not t.checkpoints.in_flight
+
+
+def test_a_second_interrupt_ends_what_is_going_on():
+    def batches():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield [batch("k1")]
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(batches()).run()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupted(model, step):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+
+@pytest.mark.parametrize(("settings", "saved"), [({"eval_every": 2}, [2]), ({"evaluate_first": True}, [])])
+def test_a_signal_during_an_evaluation_is_acted_on_before_another_step(settings, saved):
+    t = trainer(endless(batch("k1")), evaluators={"heldout": interrupted}, config={"save_every": 0, **settings})
+    assert t.run() is Outcome.STOPPED
+    assert [s.step for s in t.checkpoints.states] == saved
+    assert t.state.step == sum(saved)
+    assert [s.samples for s in t.checkpoints.states] == saved
+
+
+def test_an_error_in_the_middle_completes_the_checkpoint_that_is_being_written():
+    def batches():
+        yield [batch("k1")]
+        raise OSError("the data is gone")
+
+    t = trainer(batches(), config={"save_every": 1})
+    with pytest.raises(OSError, match="the data is gone"):
+        t.run()
+    assert events(t) == [("checkpoint", 1)]
+    assert t.checkpoints.settled == [1]
+
+
+def test_an_evaluation_that_was_owed_when_the_run_ended_comes_first():
+    seen = []
+    evaluators = {name: lambda model, step, name=name: seen.append((name, step)) or {} for name in ("a", "b")}
+    config = {"eval_every": 3}
+    t = trainer(
+        endless(batch("k1")), evaluators=evaluators, evaluated={(3, "a")}, config=config, state=TrainState(step=3)
+    )
+    t.run()
+    assert seen == [("b", 3), ("a", 6), ("b", 6)]
+
+
+def test_a_run_whose_last_evaluation_is_owed_is_not_finished():
+    t = trainer(endless(), evaluators={"a": lambda model, step: {}}, state=TrainState(step=6))
+    assert not t.finished
+    assert t.run() is Outcome.DONE
+    assert t.finished
+    assert events(t) == [("a", 6)]
+
+
+def test_a_signal_before_the_last_evaluation_leaves_the_run_unfinished():
+    def batches():
+        yield [batch("k1")]
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield [batch("k1")]
+
+    t = trainer(batches(), evaluators={"a": lambda model, step: {}}, config={"max_steps": 2})
+    assert t.run() is Outcome.STOPPED
+    assert [s.step for s in t.checkpoints.states] == [2]
+    assert ("a", 2) not in events(t)
 
 
 def test_evaluations_run_after_the_checkpoint_of_their_step_on_the_averaged_weights():
@@ -312,6 +396,21 @@ def test_an_evaluation_that_fails_is_reported_and_training_goes_on():
     assert t.run() is Outcome.DONE
     reported = [r for r in t.sinks[0] if r.get("event") == "evaluation_failed"]
     assert [r["message"] for r in reported] == ["RuntimeError: no such prompt"] * 2
+
+
+def told_to_all(model, step):
+    error = DataError("clip 7 is damaged")
+    error.agreed = True
+    raise error
+
+
+def test_on_several_ranks_only_a_failure_that_all_of_them_know_lets_training_go_on():
+    t = trainer(endless(batch("k1")), evaluators={"heldout": told_to_all}, world=World(size=2))
+    assert t.run() is Outcome.DONE
+    assert events(t)[-1] == ("evaluation_failed", 6)
+    alone = trainer(endless(batch("k1")), evaluators={"samples": failing}, world=World(size=2))
+    with pytest.raises(RuntimeError, match="no such prompt"):
+        alone.run()
 
 
 def test_a_strict_run_ends_with_a_failing_evaluation():

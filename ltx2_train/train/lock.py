@@ -1,0 +1,81 @@
+"""One run per run directory: a second start of the same command must not touch what the first one writes."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from ltx2_train.distributed.world import World, agreed
+from ltx2_train.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+@contextmanager
+def lock_run(run_dir: Path, world: World) -> Iterator[None]:
+    """Holds the run directory, made if need be, until the context ends. Called by all ranks; rank 0 holds the lock.
+
+    Raises `ConfigError` on all ranks when another run holds it. The kernel lets go of it with the process, however that
+    ends. A directory that nothing was written into is removed again.
+    """
+    held = agreed(world, lambda: _take(Path(run_dir)) if world.is_main else None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            _let_go(held, Path(run_dir))
+
+
+def _take(run_dir: Path) -> IO[str]:
+    path = run_dir / LOCK
+    while True:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        if not _lock(file, run_dir):
+            holder = path.read_text() or "just started"
+            file.close()
+            raise ConfigError(
+                f"train.run_dir={run_dir}: another run is using it ({holder}). "
+                "Wait for its end or stop it, or name another train.run_dir"
+            )
+        if _is_still(path, file):
+            break
+        file.close()  # the run that held it has ended and removed it meanwhile
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _lock(file: IO[str], run_dir: Path) -> bool:
+    """Whether this process holds the lock. A record lock: flock's would be shared with forked data readers."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        logger.warning("%s cannot be locked (%s): nothing keeps a second run from using it", run_dir, error)
+    return True
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is the one that others will find at the path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _let_go(file: IO[str], run_dir: Path) -> None:
+    with file:
+        (run_dir / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: the rule
+            run_dir.rmdir()
