@@ -58,7 +58,9 @@ def read_run(directory: Path) -> RunRecord:
 
 def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
     """Every whole line; a run that was killed can leave half a line at the end of its file, or of each of its lives."""
-    for line_number, line in enumerate(path.read_text().splitlines(), 1):
+    for line_number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
         try:
             yield json.loads(line)
         except ValueError:

@@ -234,7 +234,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ltx2_3_22b": _2_3,
     "ltx2_5_22b": _2_5,
     "tiny": _small(heads=2, video=20, audio=10, layers=2, connector_layers=1, registers=8),
-    "demo": _small(heads=4, video=48, audio=32, layers=4, connector_layers=1, registers=32),
+    "demo": _small(heads=4, video=48, audio=40, layers=4, connector_layers=1, registers=32),
     "small_30m": _small(heads=8, video=48, audio=32, layers=6, connector_layers=1, registers=16),
 }
 
