@@ -32,9 +32,6 @@ IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 python; do \
 	$$p $(IS_NEW_ENOUGH) >/dev/null 2>&1 && echo $$p && break; done)
 
-# Threads wait asleep: where cores are shared with other programs, spinning ones slow small tensors down many times.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint format types proof gpu bench clean reinstall
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -147,9 +146,7 @@ def story(options: argparse.Namespace) -> list[Stage]:
 
 def run(stage: Stage) -> int:
     """The exit status of a stage's process. If this process is stopped, so is that one."""
-    # Threads that wait asleep: on cores that are shared with others, spinning ones made a step many times slower.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    with subprocess.Popen([sys.executable, "-m", stage.module, *stage.arguments], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-m", stage.module, *stage.arguments]) as process:
         try:
             return process.wait()
         except BaseException:
