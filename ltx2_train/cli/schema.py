@@ -53,7 +53,8 @@ class DataConfig:
 
     datasets: list[DatasetConfig] = field(default_factory=list)
     skip: list[str] = field(default_factory=list)
-    """Keys of samples that are left out from here on. The run remembers them."""
+    """Keys of samples that are left out from this start on; the run remembers them. The plan is made anew without them, so
+    in the epoch under way some samples may come twice and some not at all."""
     store: StoreConfig = field(default_factory=StoreConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -49,7 +49,7 @@ class TrainConfig:
     keep_every: int = 0
     """Checkpoints at multiples of this step stay for good; 0: none."""
     eval_every: int = 0
-    """Steps between evaluations, each after the checkpoint of its step; 0: none on the way."""
+    """Steps between evaluations, each after the checkpoint of its step where one is due; 0: none on the way."""
     evaluate_first: bool = False
     """Evaluate before the first step, to have something to compare with."""
     evaluate_last: bool = True
