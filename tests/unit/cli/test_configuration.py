@@ -34,7 +34,8 @@ def test_a_mixture_is_a_list():
 
 
 def test_values_of_an_experiment_give_way_to_arguments():
-    assert composed(DATA, "experiment=demo").optim.lr == 1.5e-3
+    given = composed(DATA, "experiment=demo")
+    assert given.optim.lr != composed(DATA).optim.lr
     assert composed(DATA, "experiment=demo", "optim.lr=1").optim.lr == 1.0
 
 
