@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, default=Path("outputs/demo"), help="where everything goes (outputs/demo)")
     p.add_argument("--clips", type=int, default=2048, help="synthetic clips to write (2048)")
-    p.add_argument("--steps", type=int, default=1250, help="training steps (1250)")
+    p.add_argument("--steps", type=int, default=1150, help="training steps (1150)")
     p.add_argument("--samples", type=int, default=64, help="held-out captions to sample; four are shown (64)")
     p.add_argument("--seed", type=int, default=0, help="another seed is another world and another model (0)")
     return p
