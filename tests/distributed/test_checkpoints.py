@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ltx2_train.distributed.world import World, close_world, init_world
 from ltx2_train.errors import CheckpointError
@@ -66,6 +67,27 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, before, after):
     for resumed in run_on_ranks(run, after, str(tmp_path / "b"), 6):
         torch.testing.assert_close(resumed, straight[3:], rtol=2e-6, atol=0)
     assert newest_complete(tmp_path / "b").name == "step-00000003"
+
+
+def threads_left_by_saving(world: World, run_dir: str) -> int:
+    """How many threads more there are when a checkpoint of many tensors has been written."""
+    torch.set_num_threads(2)
+    engine = toy_engine(world, build=lambda: nn.Sequential(*[nn.Linear(2, 2) for _ in range(400)]))
+    x = torch.randn(4, 2)
+    engine.backward(engine.model(x).sum() + (torch.randn(512, 512) @ torch.randn(512, 512)).sum(), last=True)
+    before = len(os.listdir("/proc/self/task"))
+    checkpoints = Checkpointer(Path(run_dir), world, identity=IDENTITY)
+    checkpoints.save(1, engine, {}, {})
+    checkpoints.wait()
+    end = time.monotonic() + 5  # the writing thread may need a moment to be gone
+    while (left := len(os.listdir("/proc/self/task")) - before) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted through /proc")
+def test_saving_leaves_no_threads_behind_that_slow_the_steps_after_it(tmp_path):
+    assert run_on_ranks(threads_left_by_saving, 1, str(tmp_path)) == [0]
 
 
 def killed_while_saving(run_dir: str, started: Any) -> None:
