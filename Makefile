@@ -86,8 +86,9 @@ format: setup  ## put the formatting right and mend what lint can mend
 types: setup  ## mypy on the package
 	$(BIN)/mypy
 
-proof: setup  ## the long proofs: parity and exactness with their figures, then the tests marked slow
+proof: setup  ## the long proofs: parity, released weights and exactness with their figures, then the tests marked slow
 	$(BIN)/python -m tests.proofs.parity
+	$(BIN)/python -m tests.proofs.weights
 	$(BIN)/python -m tests.proofs.exactness
 	$(BIN)/python -m pytest -m slow $(ARGS)
 

@@ -6,6 +6,11 @@ and null context. A clip takes the bucket of the closest aspect ratio that it is
 consecutive windows of its length; what is left at the end is counted. Sound that is missing stays missing: it is never
 replaced by silence. The held-out split goes by source file. A killed run continues where it was; other settings are
 refused, and so is a directory with shards of other input, unless by --replace.
+
+Codecs and text encoder are the embedded ones by name, or released ones by path: --video-codec and --audio-codec take
+files or diffusers folders, --text-encoder the local folder of the language model, with --text-weights for the text
+projection. --text-cache features stores a row per text token; context stores what the frozen connectors make of them,
+so that training runs without connectors. With --device cuda each worker process has a GPU of its own, in turn.
 """
 
 import json
@@ -15,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from data_prep import console
 from data_prep.buckets import PixelBucket, choose, parse_buckets
+from data_prep.codec_choice import CodecChoice, Codecs, build_codecs, process_device
 from data_prep.jobs import Job, Report, fingerprint, run_jobs
 from data_prep.pack import (
     AUDIO_SUFFIXES,
@@ -38,7 +43,7 @@ from data_prep.pack import (
 )
 from data_prep.tables import table, total
 from data_prep.tars import Members, file_sha256, list_shards, read_tar, size_of, state_of, write_jsonl
-from ltx2_train.codecs import AudioCodec, VideoCodec, build_audio_codec, build_video_codec
+from ltx2_train.codecs import EMBEDDED as EMBEDDED_CODECS
 from ltx2_train.codecs.resample import to_stereo
 from ltx2_train.data.datasets import save_null_text
 from ltx2_train.data.index import build_index
@@ -48,15 +53,18 @@ from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, audio_latent_length
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.probe import MediaInfo, probe
 from ltx2_train.media.video import VideoFile, to_tensor
-from ltx2_train.record import MANIFEST_NAME, Manifest, Sample, TextFeatures
+from ltx2_train.record import MANIFEST_NAME, Manifest, Sample, TextCache, TextFeatures
 from ltx2_train.rng import derive_seed
-from ltx2_train.text import TextEncoder, build_text_encoder
+from ltx2_train.text import EMBEDDED as EMBEDDED_TEXT
+from ltx2_train.text import Quantisation
+from ltx2_train.text.encoder import MAX_ROWS
 
 log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "heldout"
 BATCH_VALUES = 1 << 24  # pixel values of the windows that go through the video codec together
 BATCH_WINDOWS = 8  # more only misses the caches
+CAPTIONS_TOGETHER = 64  # distinct ones that the text encoder is handed at once
 CAPTIONS_KEPT = 256
 LATENT_STEP = 1 / AUDIO_STEPS_PER_SECOND  # s
 
@@ -65,29 +73,40 @@ class Dtype(StrEnum):
     """Of the tensors in the latent shards."""
 
     BF16 = "bf16"
+    FP16 = "fp16"
     FP32 = "fp32"
 
     @property
     def torch(self) -> torch.dtype:
-        return torch.bfloat16 if self is Dtype.BF16 else torch.float32
+        return {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}[self]
 
 
 @dataclass(kw_only=True, slots=True)
 class EncodeConfig:
-    """How raw records become latent records. All of it but `device` stands in the manifest."""
+    """How raw records become latent records. What changes them stands in the manifest."""
 
     buckets: list[PixelBucket]
     """Sizes that clips are brought to."""
     video_codec: str = "dct"
-    """Name of the video codec."""
+    """Name of the video codec, or the file or folder of a released one."""
     audio_codec: str = "dct"
-    """Name of the audio codec."""
+    """Name of the audio codec, or the file or folder of a released one."""
+    vocoder: str | None = None
+    """The file or folder of a released vocoder, where it is not that of the audio codec. Encoding does not run it."""
     text_encoder: str = "hashed"
-    """Name of the text encoder."""
-    video_text_width: int = 128
-    """Width of the text features beside the video."""
-    audio_text_width: int = 128
-    """Width of the text features beside the audio."""
+    """Name of the text encoder, or the local folder of the language model of a released one."""
+    text_weights: str | None = None
+    """The file or folder with the text projection of a released text encoder."""
+    text_cache: TextCache = TextCache.FEATURES
+    """What is stored of a caption: features, or the context behind the connectors."""
+    connectors: str | None = None
+    """The file or folder with the connectors, for text_cache=context; None: text_weights, one file with all."""
+    text_quantisation: Quantisation = Quantisation.NONE
+    """Of the released text encoder's language model."""
+    video_text_width: int | None = None
+    """Width of the text features beside the video; None: what the text encoder gives."""
+    audio_text_width: int | None = None
+    """Width of the text features beside the audio; None: what the text encoder gives."""
     fps: float | None = None
     """Frames per second that clips are brought to; None keeps each clip's own mean rate."""
     audio_tolerance: float = 0.25
@@ -105,7 +124,11 @@ class EncodeConfig:
     dtype: Dtype = Dtype.BF16
     """Of latents and text features on disk."""
     device: str = "cpu"
-    """Where the codecs run."""
+    """Where the codecs and the text encoder run; "cuda": a GPU for each process, in turn."""
+    codec_dtype: Dtype | None = None
+    """What a released video codec computes in; None: bf16 on a GPU, fp32 elsewhere. Audio is always fp32."""
+    chunk_frames: int | None = None
+    """Pixel frames that a released video codec takes at once, for clips that do not fit; None: the whole clip."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
@@ -120,6 +143,12 @@ class EncodeConfig:
             raise ConfigError(f"audio_only_seconds: {self.audio_only_seconds}; need at least {LATENT_STEP}")
         if unknown := sorted(set(self.key_map) - set(KEY_MAP)):
             raise ConfigError(f"key_map: {unknown[0]!r} is none of {', '.join(KEY_MAP)}")
+        if self.chunk_frames is not None and (self.chunk_frames < 8 or self.chunk_frames % 8):
+            raise ConfigError(f"chunk_frames: {self.chunk_frames}; need a multiple of 8")
+        if self.chunk_frames is not None and self.video_codec in EMBEDDED_CODECS:
+            raise ConfigError(f"chunk_frames: the video codec {self.video_codec!r} takes whole clips; leave it away")
+        if self.text_cache is TextCache.CONTEXT and self.text_weights is None and self.connectors is None:
+            raise ConfigError("text_cache: a context needs connectors; give --connectors, the file that holds them")
 
 
 KEY_MAP = {
@@ -128,15 +157,6 @@ KEY_MAP = {
     "caption": ["txt", "caption"],
     "json": ["json"],
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Codecs:
-    """What turns media into latents and captions into features. Each process builds its own once."""
-
-    video: VideoCodec
-    audio: AudioCodec
-    text: TextEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +190,15 @@ def encode(
     `replace`: remove the shards of other input from `out`, where they are else an error.
     """
     jobs = _jobs(list_shards(raw), config)
-    codecs = build_codecs(_codec_settings(config))
+    codecs = build_codecs(codec_choice(config))
     settings = _settings(config, codecs)
     reports = run_jobs(encode_shard, jobs, out, settings, config, workers, replace)
     _refuse_repeated_keys(jobs, reports)
     write_jsonl(out / DROPPED_NAME, (row for report in reports for row in report.dropped))
-    counts = {}
+    counts, told = {}, {"raw": _origins(jobs), "paths": _paths(config)}
     for split in (TRAIN, HELD_OUT):
         if any(name.startswith(f"{split}/") for report in reports for name in report.outputs):
-            counts[split] = _finish(out, split, reports, settings | {"raw": _origins(jobs)}, codecs)
+            counts[split] = _finish(out, split, reports, settings | told, codecs)
     if not counts:
         dropped = total(report.counts for report in reports)
         raise DataError(f"{out}: nothing was kept ({dropped}). The reasons are in {out / DROPPED_NAME}")
@@ -198,30 +218,63 @@ def _jobs(shards: Sequence[str], config: EncodeConfig) -> list[Job]:
     return jobs
 
 
-def _codec_settings(config: EncodeConfig) -> tuple[str, str, str, int, int]:
-    return config.video_codec, config.audio_codec, config.text_encoder, config.video_text_width, config.audio_text_width
+def codec_choice(config: EncodeConfig) -> CodecChoice:
+    """What `config` says of codecs and text encoder."""
+    is_context = config.text_cache is TextCache.CONTEXT
+    return CodecChoice(
+        video=config.video_codec,
+        audio=config.audio_codec,
+        vocoder=config.vocoder,
+        text=config.text_encoder,
+        text_weights=config.text_weights,
+        connectors=config.connectors or config.text_weights if is_context else None,
+        quantisation=config.text_quantisation,
+        widths=(config.video_text_width, config.audio_text_width),
+        device=process_device(config.device),
+        video_dtype=dtype.torch if (dtype := _codec_dtype(config)) else None,
+    )
 
 
-@lru_cache(maxsize=1)
-def build_codecs(settings: tuple[str, str, str, int, int]) -> Codecs:
-    video, audio, text, *widths = settings
-    return Codecs(build_video_codec(video), build_audio_codec(audio), build_text_encoder(text, *widths))
+def _codec_dtype(config: EncodeConfig) -> Dtype | None:
+    """What a released video codec computes in; the embedded one takes no notice."""
+    if config.video_codec in EMBEDDED_CODECS:
+        return None
+    return config.codec_dtype or (Dtype.BF16 if config.device.startswith("cuda") else Dtype.FP32)
 
 
 def _settings(config: EncodeConfig, codecs: Codecs) -> dict[str, Any]:
-    """What the latents depend on, as it stands in the manifest. Another value is another dataset."""
+    """What the latents depend on, as it stands in the manifest. Another value is another dataset.
+
+    Files are known by what they hold and not by where they lie.
+    """
     fields = asdict(config) | {
         "buckets": ";".join(map(str, config.buckets)),
         "dtype": config.dtype.value,
+        "codec_dtype": _codec_dtype(config),
         "empty_caption": config.empty_caption.value,
         "key_map": KEY_MAP | config.key_map,
         "crop": "centre",
         "resize": "bicubic, antialiased, covering",
-        "codecs": [codecs.video.name, codecs.audio.name, codecs.text.name],
+        "video_codec": codecs.video.name,
+        "audio_codec": codecs.audio.name,
+        "text_encoder": codecs.text.name,
+        "text_cache": config.text_cache.value,
+        "text_quantisation": config.text_quantisation.value,
+        "video_text_width": codecs.text.video_width,
+        "audio_text_width": codecs.text.audio_width,
         "code_version": code_version(),
     }
-    del fields["device"]
+    for name in ("device", "chunk_frames", "vocoder", "text_weights", "connectors"):
+        del fields[name]
     return fields
+
+
+def _paths(config: EncodeConfig) -> dict[str, str]:
+    """Where the released components lie, by setting: for sampling, to find them again."""
+    named = {name: getattr(config, name) for name in ("video_codec", "audio_codec", "text_encoder")}
+    paths = {name: value for name, value in named.items() if value not in (*EMBEDDED_CODECS, *EMBEDDED_TEXT)}
+    paths |= {name: getattr(config, name) for name in ("vocoder", "text_weights", "connectors")}
+    return {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
 
 
 def code_version() -> str:
@@ -302,7 +355,7 @@ def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
     is_verified = _verify(shard)
     for split in (TRAIN, HELD_OUT):  # while a shard is replaced, the directory is not finished
         (directory / split / MANIFEST_NAME).unlink(missing_ok=True)
-    codecs = build_codecs(_codec_settings(config))
+    codecs = build_codecs(codec_choice(config))
     counts: dict[str, int] = {}
     dropped: list[dict[str, str]] = []
     samples: dict[str, list[Sample]] = {TRAIN: [], HELD_OUT: []}
@@ -315,6 +368,7 @@ def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
             detail = f"kept, but {codecs.text.name} left away the last {cut} rows of its caption"
             dropped.append({"file": sample.key, "shard": shard.url, "reason": "caption_cut", "detail": detail})
         _tally(counts, sample, split)
+        _tally_text(counts, sample, codecs, config)
         samples[split].append(sample)
     outputs = {f"{split}/{job.name}.tar": kept for split, kept in samples.items() if kept}
     for name, kept in outputs.items():
@@ -339,6 +393,20 @@ def _tally(counts: dict[str, int], sample: Sample, split: str) -> None:
     kinds = {"va": "with_video_and_audio", "v": "video_only", "a": "audio_only"}
     for name in ("kept", f"kept_{split}", f"{split}_{kinds[sample.bucket.signature]}"):
         _count(counts, name)
+
+
+def _tally_text(counts: dict[str, int], sample: Sample, codecs: Codecs, config: EncodeConfig) -> None:
+    """Bytes of the sample's text as it is stored, and as it would be stored otherwise."""
+    both = (sample.text.video, sample.text.audio)
+    row_bytes = sum(rows.shape[1] * rows.element_size() for rows in both)
+    stored = sum(rows.nbytes for rows in both)
+    if config.text_cache is TextCache.CONTEXT:
+        features, context = codecs.text.num_rows(sample.caption) * row_bytes, stored
+    else:
+        features, context = stored, MAX_ROWS * row_bytes
+    _count(counts, "text_bytes_as_features", features)
+    if config.text_weights or config.connectors:  # there are connectors whose output is or could be stored
+        _count(counts, "text_bytes_as_context", context)
 
 
 def _count(counts: dict[str, int], name: str, number: int = 1) -> None:
@@ -536,24 +604,43 @@ def _truth(fields: Mapping[str, Any]) -> Any:
 
 
 def encode_windows(windows: Iterator[Window], codecs: Codecs, config: EncodeConfig) -> Iterator[Sample]:
-    """The samples of windows, in their order. Windows of one shape that follow each other share the codecs' calls."""
+    """The samples of windows, in their order.
+
+    Windows of one shape that follow each other share the codecs' calls; captions wait for each other, so that many share
+    the text encoder's.
+    """
     texts: dict[str, TextFeatures] = {}
+    waiting: list[_Latents] = []
     for batch in _batches(windows):
-        video = _encode_video(batch, codecs, config)
-        audio = _encode_audio(batch, codecs, config)
-        _encode_text(batch, texts, codecs, config)
-        for window, frames, sound in zip(batch, video, audio, strict=True):
-            sample = Sample(
-                key=window.key,
-                video=_stored(frames, config),
-                audio=_stored(sound, config),
-                text=texts[window.caption],
-                fps=window.fps,
-                caption=window.caption,
-                meta=window.meta,
-            )
-            check_finite(sample)
-            yield sample
+        latents = zip(batch, _encode_video(batch, codecs, config), _encode_audio(batch, codecs), strict=True)
+        waiting += [
+            (replace(w, frames=None, waveform=None), _stored(v, config), _stored(a, config)) for w, v, a in latents
+        ]
+        if len({window.caption for window, *_ in waiting} - texts.keys()) >= CAPTIONS_TOGETHER:
+            yield from _samples(waiting, texts, codecs, config)
+            waiting = []
+    yield from _samples(waiting, texts, codecs, config)
+
+
+_Latents = tuple[Window, Tensor | None, Tensor | None]  # a window without its media, its video, its audio
+
+
+def _samples(
+    waiting: Sequence[_Latents], texts: dict[str, TextFeatures], codecs: Codecs, config: EncodeConfig
+) -> Iterator[Sample]:
+    _encode_text([window.caption for window, *_ in waiting], texts, codecs, config)
+    for window, video, audio in waiting:
+        sample = Sample(
+            key=window.key,
+            video=video,
+            audio=audio,
+            text=texts[window.caption],
+            fps=window.fps,
+            caption=window.caption,
+            meta=window.meta,
+        )
+        check_finite(sample)
+        yield sample
 
 
 def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
@@ -571,28 +658,34 @@ def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
         yield batch
 
 
-def _encode_text(batch: Sequence[Window], texts: dict[str, TextFeatures], codecs: Codecs, config: EncodeConfig) -> None:
-    """Put the features of a batch's captions into `texts`; those that are there already are not encoded again."""
+def _encode_text(captions: Sequence[str], texts: dict[str, TextFeatures], codecs: Codecs, config: EncodeConfig) -> None:
+    """Put the features of the captions into `texts`; those that are there already are not encoded again."""
     if len(texts) > CAPTIONS_KEPT:
-        texts.clear()
-    captions = list(dict.fromkeys(window.caption for window in batch if window.caption not in texts))
-    dtype = config.dtype.torch
-    for caption, text in zip(captions, codecs.text.encode(captions) if captions else [], strict=True):
-        texts[caption] = TextFeatures(text.video.to(dtype), text.audio.to(dtype))
+        for caption in texts.keys() - set(captions):
+            del texts[caption]
+    new = [caption for caption in dict.fromkeys(captions) if caption not in texts]
+    for caption, text in zip(new, codecs.text.encode(new) if new else [], strict=True):
+        texts[caption] = _stored_text(text, config)
+
+
+def _stored_text(text: TextFeatures, config: EncodeConfig) -> TextFeatures:
+    return TextFeatures(text.video.to(config.dtype.torch), text.audio.to(config.dtype.torch))
 
 
 def _encode_video(batch: Sequence[Window], codecs: Codecs, config: EncodeConfig) -> list[Tensor | None]:
     def call(places: list[int]) -> Tensor:
         stacked = torch.stack([frames for i in places if (frames := batch[i].frames) is not None])
-        return codecs.video.encode(stacked.to(config.device)).cpu()
+        if config.chunk_frames is None:
+            return codecs.video.encode(stacked.to(codecs.device)).cpu()
+        return codecs.video.encode(stacked, chunk_frames=config.chunk_frames).cpu()  # type: ignore[call-arg]
 
     return _by_shape([None if w.frames is None else tuple(w.frames.shape) for w in batch], call)
 
 
-def _encode_audio(batch: Sequence[Window], codecs: Codecs, config: EncodeConfig) -> list[Tensor | None]:
+def _encode_audio(batch: Sequence[Window], codecs: Codecs) -> list[Tensor | None]:
     def call(places: list[int]) -> Tensor:
         stacked = torch.stack([waveform for i in places if (waveform := batch[i].waveform) is not None])
-        return codecs.audio.encode(stacked.to(config.device), batch[places[0]].rate).cpu()
+        return codecs.audio.encode(stacked.to(codecs.device), batch[places[0]].rate).cpu()
 
     return _by_shape([None if w.waveform is None else (w.rate, *w.waveform.shape) for w in batch], call)
 
@@ -641,6 +734,7 @@ def _finish(
         text_encoder=codecs.text.name,
         video_text_width=codecs.text.video_width,
         audio_text_width=codecs.text.audio_width,
+        text_cache=settings["text_cache"],
         code_version=settings["code_version"],
         settings=settings | {"split": split},
         shards=outputs,
@@ -670,11 +764,20 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("raw", nargs="+", help="raw shards: directories, tars, globs, {000..009} ranges or fsspec URLs")
     parser.add_argument("--out", type=Path, required=True, help="directory for the latent shards")
     parser.add_argument("--buckets", required=True, help='"WxHxF;WxHxF": width and height multiples of 32, F = 8k + 1')
-    parser.add_argument("--video-codec", default="dct", help="its name")
-    parser.add_argument("--audio-codec", default="dct", help="its name")
-    parser.add_argument("--text-encoder", default="hashed", help="its name")
-    parser.add_argument("--video-text-width", type=int, default=128, help="of the text features beside the video")
-    parser.add_argument("--audio-text-width", type=int, default=128, help="of the text features beside the audio")
+    parser.add_argument("--video-codec", default="dct", help="its name, or the file or folder of a released one")
+    parser.add_argument("--audio-codec", default="dct", help="its name, or the file or folder of a released one")
+    parser.add_argument("--vocoder", help="where a released one lies, if not with the audio codec; kept for sampling")
+    parser.add_argument("--text-encoder", default="hashed", help="its name, or the folder of a language model")
+    parser.add_argument("--text-weights", help="file or folder with the text projection of a released text encoder")
+    caches = [cache.value for cache in TextCache]
+    parser.add_argument("--text-cache", choices=caches, default="features", help="what is stored of a caption")
+    parser.add_argument("--connectors", help="file or folder with them, for --text-cache context; None: --text-weights")
+    kinds = [kind.value for kind in Quantisation]
+    parser.add_argument(
+        "--text-quantisation", choices=kinds, default="none", help="of the language model; int8 on a GPU"
+    )
+    parser.add_argument("--video-text-width", type=int, help="of the features beside the video; hashed: 128")
+    parser.add_argument("--audio-text-width", type=int, help="of the features beside the audio; hashed: 128")
     parser.add_argument("--fps", type=float, help="bring all clips to this rate; None: each keeps its own mean rate")
     parser.add_argument("--audio-tolerance", type=float, default=0.25, help="s of missing sound that are padded")
     parser.add_argument("--audio-only-seconds", type=float, help="keep records without picture, in such windows")
@@ -684,24 +787,62 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--holdout-count", type=int, default=0, help="hold out this many source files instead")
     parser.add_argument("--key-map", default="", help='members of a foreign WebDataset: "video=mp4,caption=txt"')
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="bf16", help="of stored tensors")
-    parser.add_argument("--device", default="cpu", help="where the codecs run")
+    parser.add_argument("--device", default="cpu", help='of codecs and text encoder; "cuda": a GPU per worker, in turn')
+    dtypes = [Dtype.BF16.value, Dtype.FP32.value]
+    parser.add_argument(
+        "--codec-dtype", choices=dtypes, help="of a released video codec; None: bf16 on a GPU, else fp32"
+    )
+    parser.add_argument("--chunk-frames", type=int, help="pixel frames at once through a released video codec")
     console.add_replace(parser)
     console.add_workers(parser)
+    parser.set_defaults(workers=None, cores=parser.get_default("workers"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    example = 'python -m data_prep.encode raw --out latents --buckets "64x64x41;64x64x1" --holdout 0.05'
+    example = """python -m data_prep.encode raw --out latents --buckets "64x64x41;64x64x1" --holdout 0.05
+  python -m data_prep.encode raw --out latents --buckets "960x544x89" --device cuda --video-codec ltx-2.3.safetensors \\
+    --audio-codec ltx-2.3.safetensors --text-encoder gemma-3-12b --text-weights ltx-2.3.safetensors"""
     parser = console.parser("encode", __doc__ or "", example)
     _add_options(parser)
     options = vars(parser.parse_args(argv))
-    raw, out, workers, replace = (options.pop(name) for name in ("raw", "out", "workers", "replace"))
+    raw, out, replace = (options.pop(name) for name in ("raw", "out", "replace"))
+    workers = default_workers(options.pop("workers"), options["device"], options.pop("cores"))
     options["buckets"] = parse_buckets(options["buckets"])
     options["key_map"] = parse_key_map(options["key_map"])
-    options["empty_caption"], options["dtype"] = EmptyCaption(options["empty_caption"]), Dtype(options["dtype"])
-    counts = encode(raw, out, EncodeConfig(**options), workers, replace)
-    print(table(f"encoded into {out}", counts["all"]))
-    if any(name.startswith("dropped") or name == "caption_cut" for name in counts["all"]):
+    for name, kind in KINDS.items():
+        options[name] = options[name] and kind(options[name])
+    config = EncodeConfig(**options)
+    counts = encode(raw, out, config, workers, replace)["all"]
+    print(table(f"encoded into {out}", counts))
+    print(text_sizes(counts, config.text_cache))
+    if any(name.startswith("dropped") or name == "caption_cut" for name in counts):
         print(f"each clip that was dropped or cut, and its reason: {out / DROPPED_NAME}")
+
+
+def default_workers(asked: int | None, device: str, cores: int) -> int:
+    """Processes: as asked, else one per GPU that the device names, or one per core."""
+    if asked is not None or not device.startswith("cuda"):
+        return cores if asked is None else asked
+    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+
+
+KINDS = {
+    "empty_caption": EmptyCaption,
+    "dtype": Dtype,
+    "codec_dtype": Dtype,
+    "text_cache": TextCache,
+    "text_quantisation": Quantisation,
+}
+
+
+def text_sizes(counts: Mapping[str, int], chosen: TextCache) -> str:
+    """What the stored text takes, and what it would take the other way."""
+    lines = []
+    for kind in TextCache:
+        if (size := counts.get(f"text_bytes_as_{kind.value}")) is not None:
+            how = "stored" if kind is chosen else "not chosen; it would be"
+            lines.append(f"text as {kind.value} ({how}): {size:,} bytes, {size // counts['kept']:,} per caption")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep import console
 from data_prep.encode import KEY_MAP
 from data_prep.tars import Members, list_shards, read_tar
-from ltx2_train.codecs import build_audio_codec, build_video_codec
+from ltx2_train.cli.components import Components, ComponentsConfig
 from ltx2_train.errors import DataError
 from ltx2_train.media.probe import probe
 from ltx2_train.media.video import read_video
@@ -85,14 +85,9 @@ def show_latents(key: str, members: Members, manifest: Manifest, out: Path) -> S
 
 def _decoded(sample: Sample, manifest: Manifest) -> tuple[Tensor | None, Tensor | None, int]:
     """Video (3, F, H, W), waveform (2, N) and its rate."""
-    video = waveform = None
-    rate = 0
-    if sample.video is not None:
-        video = build_video_codec(manifest.video_codec).decode(sample.video[None].float())[0]
-    if sample.audio is not None:
-        codec = build_audio_codec(manifest.audio_codec)
-        waveform, rate = codec.decode(sample.audio[None].float())[0], codec.sample_rate
-    return video, waveform, rate
+    video, audio = (None if latent is None else latent.float() for latent in (sample.video, sample.audio))
+    film = Components.of(ComponentsConfig(), manifest).codecs().decode(video, audio, sample.fps)
+    return film.video, film.waveform, film.sample_rate
 
 
 def write_contact_sheet(path: Path, video: Tensor, columns: int = 8) -> Path:

@@ -2,7 +2,8 @@
 
 A record is two tar members that share a key:
 `KEY.safetensors`  `video` (128, F, H, W), `audio` (8, T, 16), `video_text` (L, Wv), `audio_text` (L, Wa): only the valid
-                   text rows, in order; `video` or `audio` is absent when the sample has none
+                   text rows, in order; `video` or `audio` is absent when the sample has none. Which rows these are, the
+                   manifest says (`TextCache`)
 `KEY.json`         caption, fps, source and whatever the preparation wants to keep (ground truth, crop, duration), and the
                    CRC-32 of the record, so that flipped bits are found when it is read
 """
@@ -10,6 +11,7 @@ A record is two tar members that share a key:
 import json
 import zlib
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ INDEX_NAME = "index.safetensors"
 NULL_TEXT_NAME = "null_text.safetensors"
 MANIFEST_VERSION = 1
 CHECKSUM = "crc32"  # field of the json member: of the safetensors bytes followed by the json without this field
+
+
+class TextCache(StrEnum):
+    """What the text rows of a dataset are."""
+
+    FEATURES = "features"  # before the connectors, one row per text token
+    CONTEXT = "context"  # behind them: the model is built without connectors
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,7 +66,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class TextFeatures:
-    """Valid text rows of one caption, per modality: `video` (L, Wv), `audio` (L, Wa)."""
+    """Valid text rows of one caption, per modality: `video` (L, Wv), `audio` (L, Wa); see `TextCache`."""
 
     video: Tensor
     audio: Tensor
@@ -145,6 +154,7 @@ class Manifest:
     video_text_width: int
     audio_text_width: int
     code_version: str
+    text_cache: str = TextCache.FEATURES
     settings: dict[str, Any] = field(
         default_factory=dict
     )  # buckets, crop, audio rate, dtype: as given to data_prep.encode

@@ -121,13 +121,13 @@ def _sample(
     config = SamplesConfig(clips=options.samples, **{name: getattr(options, name) for name in names})
     sampling = Sampling(
         profile=trained.profile,
-        negative=dataset.null_text,
+        negative=dataset.known_null_text("sampling"),
         keyframe_marker=trained.keyframe_marker,
         dtype=trained.dtype,
     )
     directory = options.out or samples_directory(run_dir, trained.step)
     begin = time.perf_counter()
-    samples = Samples(dataset, sampling, trained.codecs(), config, world)
+    samples = Samples(dataset, sampling, trained.components.codecs(), config, world)
     summary = samples.run(trained.model, directory, step=trained.step, weights=trained.weights)
     seconds = time.perf_counter() - begin
     yield f"step {trained.step}  {summary['count']} clips sampled, decoded and measured in {seconds:.1f} s: {directory}"

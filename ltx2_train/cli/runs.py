@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltx2_train.cli.schema import TrainJob, job_from_text
+from ltx2_train.cli.components import Components, ComponentsConfig, resolved
+from ltx2_train.cli.schema import TrainJob, job_from_text, plain
 from ltx2_train.cli.train import build
-from ltx2_train.codecs import build_audio_codec, build_video_codec
+from ltx2_train.data.datasets import PROVENANCE
 from ltx2_train.diffusion.profiles import SamplerProfile, profile
 from ltx2_train.distributed.fsdp2 import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
-from ltx2_train.evals.samples import Codecs
-from ltx2_train.text import build_text_encoder
-from ltx2_train.text.encoder import TextEncoder
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
 
 WEIGHTS = ("ema", "raw")
@@ -32,21 +30,18 @@ class Trained:
     weights: str  # "ema" or "raw"
     profile: SamplerProfile
     provenance: dict[str, Any]  # names of codecs and text encoder, and the widths of the text features
+    components: Components
     dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        """What is sampled, in words."""
+        return f"step {self.step}, {self.weights} weights"
 
     @property
     def keyframe_marker(self) -> bool:
         """Whether the model was trained with marked first frames."""
         return bool(self.model.config.use_keyframes_abs_pos_embedding)  # type: ignore[union-attr]
-
-    def codecs(self) -> Codecs:
-        return Codecs(
-            build_video_codec(self.provenance["video_codec"]), build_audio_codec(self.provenance["audio_codec"])
-        )
-
-    def text_encoder(self) -> TextEncoder:
-        widths = self.provenance["video_text_width"], self.provenance["audio_text_width"]
-        return build_text_encoder(self.provenance["text_encoder"], *widths)
 
 
 def find_checkpoint(directory: Path) -> Path:
@@ -70,22 +65,30 @@ def run_directory(path: Path) -> Path:
 
 
 def load_trained(
-    directory: Path, *, weights: str = "ema", profile_name: str | None = None, device: torch.device | str = "cpu"
+    directory: Path,
+    *,
+    weights: str = "ema",
+    profile_name: str | None = None,
+    components: ComponentsConfig | None = None,
+    device: torch.device | str = "cpu",
 ) -> Trained:
     """The model of the newest complete checkpoint in `directory`, ready to be called, in bf16 on a GPU and fp32 elsewhere.
 
     `weights`: the moving average ("ema") or the trained weights themselves ("raw"); a run without an average has only the
-    latter. The checkpoint's hashes are verified first. Raises `CheckpointError` and `ConfigError`.
+    latter. `components`: where the frozen parts lie, if not where the run found them. The checkpoint's hashes are verified
+    first. Raises `CheckpointError` and `ConfigError`.
     """
     checkpoint, device = find_checkpoint(directory), torch.device(device)
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     verify(checkpoint)
     settings = json.loads((checkpoint / CONFIG).read_text())
-    stored_profile, provenance = settings.pop("sampler_profile"), settings.pop("provenance")
+    stored_profile, recorded = settings.pop("sampler_profile"), settings.pop("provenance")
+    provenance = {name: recorded[name] for name in PROVENANCE}
     job = job_from_text(json.dumps({"defaults": [], **settings}), str(checkpoint / CONFIG))
     weights = weights if job.ema is not None else "raw"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    places = resolved(components or ComponentsConfig(), plain(job.components))
     return Trained(
         model=_model(job, checkpoint, weights, dtype, device),
         job=job,
@@ -93,6 +96,7 @@ def load_trained(
         weights=weights,
         profile=profile(profile_name) if profile_name else SamplerProfile.from_dict(stored_profile),
         provenance=provenance,
+        components=Components(places, provenance, device),
         dtype=dtype,
     )
 

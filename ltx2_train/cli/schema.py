@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ltx2_train.cli.components import ComponentsConfig
 from ltx2_train.cli.entry import unknown_setting
 from ltx2_train.data.loader import LoaderConfig
 from ltx2_train.data.plan import PlanConfig
@@ -105,6 +106,7 @@ class TrainJob:
     ema: EmaConfig | None = field(default_factory=EmaConfig)
     sinks: SinksConfig = field(default_factory=SinksConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    components: ComponentsConfig = field(default_factory=ComponentsConfig)
 
 
 def register() -> None:

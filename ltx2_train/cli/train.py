@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ltx2_train.cli.entry import launch, set_up_logging
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ltx2_train.cli.schema import TrainJob
     from ltx2_train.data.datasets import LatentDataset
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ltx2_train.train.checkpoint import Checkpointer, Restored
     from ltx2_train.train.ema import Ema
     from ltx2_train.train.trainer import Evaluator, Outcome, Trainer
+    from ltx2_train.weightfile import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def train(job: "TrainJob", world: "World") -> "Outcome":
 
 def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     """All parts of a run, put together: the one place that knows them all."""
+    from ltx2_train.cli.components import PATHS, resolved
     from ltx2_train.cli.schema import plain, save_job
     from ltx2_train.data.datasets import PROVENANCE
     from ltx2_train.data.loader import BadRecords, Loader
@@ -104,8 +106,11 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     run_dir, config = Path(job.train.run_dir), transformer_config(job.model)
     check_streams(job)
     datasets, heldout = open_datasets(job, config)
-    made_with = {name: getattr(datasets[0].manifest, name) for name in PROVENANCE}
-    settings = plain(job) | {"sampler_profile": profile(job.evaluation.profile).to_dict(), "provenance": made_with}
+    manifest = datasets[0].manifest
+    made_with = {name: getattr(manifest, name) for name in PROVENANCE}
+    job.components = resolved(job.components, manifest.settings.get(PATHS, {}))
+    provenance = {**made_with, "base": base_fingerprint(job)}
+    settings = plain(job) | {"sampler_profile": profile(job.evaluation.profile).to_dict(), "provenance": provenance}
     marker = config.use_keyframes_abs_pos_embedding
     objective = Objective(job.objective, datasets[0].null_text, marker)
     engine = open_engine(job, world)
@@ -149,6 +154,13 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     )
 
 
+def base_fingerprint(job: "TrainJob") -> str | None:
+    """Of the weights that the run starts from: what they are, wherever they lie. None: from scratch."""
+    from ltx2_train.model.weights import fingerprint
+
+    return None if job.model.weights is None else fingerprint(job.model.weights)
+
+
 def check_streams(job: "TrainJob") -> None:
     """Raises `ConfigError` when the objective runs a stream that the model is built without."""
     from ltx2_train.errors import ConfigError
@@ -164,6 +176,7 @@ def check_streams(job: "TrainJob") -> None:
 def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":
     """The datasets to train on and to evaluate on. Raises `DataError` when they do not fit each other or the model."""
     from ltx2_train.data.datasets import check_compatible, check_mixture, open_dataset
+    from ltx2_train.record import TextCache
 
     training = [open_dataset(dataset.path, job.data.store) for dataset in job.data.datasets]
     heldout = [open_dataset(path, job.data.store) for path in job.evaluation.datasets]
@@ -174,6 +187,7 @@ def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[L
         against=f"the model {job.model.weights or job.model.name}",
         video_text_width=config.video_connector_width,
         audio_text_width=config.audio_connector_width,
+        text_cache=TextCache.FEATURES if job.model.with_connectors else TextCache.CONTEXT,
     )
     for dataset in (*training, *heldout):
         check_captions(dataset, job)
@@ -187,7 +201,7 @@ def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
 
     bound, lengths = context_tokens(job.model), dataset.index.text_lengths
     too_long = (lengths > bound).nonzero()[0]
-    if len(too_long) or len(dataset.null_text.video) > bound:
+    if len(too_long) or (dataset.null_text is not None and len(dataset.null_text.video) > bound):
         longest = int(lengths.argmax())
         raise DataError(
             f"{dataset.location}: {len(too_long)} captions have more than the {bound} text tokens that the model has "
@@ -199,11 +213,17 @@ def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
 def open_engine(job: "TrainJob", world: "World") -> "Engine":
     """The model, with adapters if there are any, sharded and filled."""
     from ltx2_train.distributed.build import build_engine
-    from ltx2_train.model.build import initial_weights
 
-    return build_engine(
-        lambda: build(job), lambda model: initial_weights(model, job.model, job.seed), job.engine, world
-    )
+    return build_engine(lambda: build(job), lambda model: starting_weights(model, job), job.engine, world)
+
+
+def starting_weights(model: "nn.Module", job: "TrainJob") -> "Iterable[tuple[str, Tensor | Stored]]":
+    """(name, tensor) of every parameter at step 0: drawn, from the released weights, adapters from a LoRA file."""
+    from ltx2_train.model.build import initial_weights
+    from ltx2_train.model.lora import start_from_file
+
+    weights = initial_weights(model, job.model, job.seed)
+    return weights if job.lora is None else start_from_file(weights, model, job.lora)
 
 
 def build(job: "TrainJob") -> "nn.Module":
@@ -256,6 +276,7 @@ def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]") -> dict[str, 
     if job.optim.schedule is Schedule.constant:  # such a run may be made longer
         for name in ("total_steps", "decay_start", "floor"):
             del settings[f"optim.{name}"]
+    settings["model.weights"] = base_fingerprint(job)
     for i, dataset in enumerate(datasets):
         shards = json.dumps(dataset.manifest.shards, sort_keys=True)
         settings[f"data.datasets.{i}.shards"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
@@ -278,6 +299,7 @@ def evaluators(
     job: "TrainJob", datasets: "Sequence[LatentDataset]", marker: bool, world: "World"
 ) -> "dict[str, Evaluator]":
     """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own."""
+    from ltx2_train.cli.components import Components
     from ltx2_train.evals.heldout import Heldout, heldout_evaluator
     from ltx2_train.evals.samples import Samples, samples_evaluator
 
@@ -292,7 +314,8 @@ def evaluators(
             measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
             found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights)
         if settings.samples is not None:
-            samples = Samples(dataset, _sampling(job, dataset, marker), _codecs(dataset), settings.samples, world)
+            codecs = Components.of(job.components, dataset.manifest, world.device).codecs()
+            samples = Samples(dataset, _sampling(job, dataset, marker), codecs, settings.samples, world)
             found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)
     return found
 
@@ -308,15 +331,7 @@ def _sampling(job: "TrainJob", dataset: "LatentDataset", marker: bool) -> Any:
     from ltx2_train.diffusion.profiles import profile
     from ltx2_train.evals.samples import Sampling
 
-    return Sampling(profile=profile(job.evaluation.profile), negative=dataset.null_text, keyframe_marker=marker)
-
-
-def _codecs(dataset: "LatentDataset") -> Any:
-    """The codecs that the dataset was encoded with."""
-    from ltx2_train.codecs import build_audio_codec, build_video_codec
-    from ltx2_train.evals.samples import Codecs
-
-    return Codecs(build_video_codec(dataset.manifest.video_codec), build_audio_codec(dataset.manifest.audio_codec))
+    return Sampling(profile=profile(job.evaluation.profile), negative=dataset.known_null_text("sampling"), keyframe_marker=marker)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,63 @@
-"""Pixels and waveforms to latents and back. `build_video_codec` and `build_audio_codec` are the doors."""
+"""Pixels and waveforms to latents and back. The functions here are the doors; what they load comes from local files."""
+
+from pathlib import Path
+
+import torch
 
 from ltx2_train.codecs.audio import AudioCodec
 from ltx2_train.codecs.dct import DctAudioCodec, DctVideoCodec
+from ltx2_train.codecs.ltx2_audio import Ltx2AudioCodec, load_audio_codec
+from ltx2_train.codecs.ltx2_video import Ltx2VideoCodec, load_video_codec
+from ltx2_train.codecs.upsampler import Upsampler, load_upsampler
 from ltx2_train.codecs.video import VideoCodec
 from ltx2_train.errors import ConfigError
 
+__all__ = [
+    "AudioCodec",
+    "Ltx2AudioCodec",
+    "Ltx2VideoCodec",
+    "Upsampler",
+    "VideoCodec",
+    "build_audio_codec",
+    "build_video_codec",
+    "load_audio_codec",
+    "load_upsampler",
+    "load_video_codec",
+]
+
+RELEASED = "ltx2-"  # how names of loaded codecs begin
 EMBEDDED = ("dct", DctVideoCodec.name)
 
 
-def build_video_codec(name: str) -> VideoCodec:
-    """The video codec of a name ("dct" or its versioned form). Raises `ConfigError` naming what is supported."""
-    _check_name(name, "video codec")
-    return DctVideoCodec()
+def build_video_codec(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VideoCodec:
+    """The video codec of a name: "dct", its versioned form, or the path of a released video VAE.
+
+    Raises `ConfigError` when the name is neither, and as `load_video_codec`.
+    """
+    if name in EMBEDDED:
+        return DctVideoCodec()
+    return load_video_codec(_existing(name, "video codec"), device=device, dtype=dtype)
 
 
-def build_audio_codec(name: str) -> AudioCodec:
-    """The audio codec of a name ("dct" or its versioned form). Raises `ConfigError` naming what is supported."""
-    _check_name(name, "audio codec")
-    return DctAudioCodec()
+def build_audio_codec(name: str, vocoder: str | None = None, *, device: torch.device | str = "cpu") -> AudioCodec:
+    """The audio codec of a name: "dct", its versioned form, or the path of a released audio VAE.
+
+    `vocoder` is the file of the vocoder where it is another one. Raises `ConfigError` when a name is neither, and as
+    `load_audio_codec`.
+    """
+    if name in EMBEDDED:
+        return DctAudioCodec()
+    voice = None if vocoder is None else _existing(vocoder, "vocoder")
+    return load_audio_codec(_existing(name, "audio codec"), voice, device=device)
 
 
-def _check_name(name: str, kind: str) -> None:
-    if name not in EMBEDDED:
-        raise ConfigError(f"{kind}: {name!r} is not supported; use one of {', '.join(map(repr, EMBEDDED))}")
+def _existing(name: str, kind: str) -> Path:
+    path = Path(name)
+    if name.startswith(RELEASED) and not path.exists():
+        raise ConfigError(f"{kind}: {name} is a released one, known by its weights. Give the path of its file")
+    if not path.exists():
+        names = ", ".join(map(repr, EMBEDDED))
+        raise ConfigError(
+            f"{kind}: {name!r} is neither one of {names} nor a file or folder. Give the path of a released file"
+        )
+    return path

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ltx2_train import geometry
 from ltx2_train.codecs import griffin_lim
+from ltx2_train.codecs.checks import check_latents, check_video, check_waveform
 from ltx2_train.codecs.mel import LogMel
-from ltx2_train.errors import DataError
 
 VERSION = 1  # raise with the transform or the statistics: latents of another version are another dataset
 NAME = f"dct-{VERSION}"
@@ -29,7 +29,6 @@ TIME_WEIGHT = (
     0.5  # < 1 keeps more temporal than spatial detail: what decides when something happens, not how sharp it is
 )
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # ITU-R BT.601, full range
-PIXEL_LIMIT = 1.5  # [-1, 1] and the overshoot of resizing; catches [0, 255]
 
 MEL_FLOOR = 1e-2  # 5.5 nats of range: with 1e-5 the numbers would mostly describe 16-bit dither
 BAND_BINS = geometry.MEL_FRAMES_PER_STEP  # mel bins per band: 64 / 16
@@ -43,7 +42,6 @@ AUDIO_ORDERS = [
     (1, 0, 0),
     (1, 1, 0),
 ]  # side, time, mel
-WAVEFORM_LIMIT = 4.0  # [-1, 1] and the overshoot of lossy decoders; catches 16-bit integers
 
 VIDEO_FLOOR = 0.1  # deviations below this count as this: a channel that is nearly empty is not blown up
 AUDIO_FLOOR = 0.05
@@ -147,7 +145,7 @@ class DctVideoCodec:
 
     def coefficients(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Transform before normalisation, of the first frame and of the blocks behind it. Raises as `encode`."""
-        checked = _check_video(video)
+        checked = check_video(video)
         return self.first.analyse(checked[:, :, :1]), self.block.analyse(checked[:, :, 1:])
 
     def encode(self, video: Tensor) -> Tensor:
@@ -160,7 +158,7 @@ class DctVideoCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, 128, k + 1, h, w) to (B, 3, 8k + 1, 32 h, 32 w) fp32, about [-1, 1]; not clamped."""
-        _check_latents(latents, (geometry.VIDEO_CHANNELS, None, None, None))
+        check_latents(latents, geometry.VIDEO_CHANNELS, None, None, None)
         first, blocks = latents.float().split([1, latents.shape[2] - 1], dim=2)
         frames = [
             self.first.synthesise(self.first_norm.undo(first)),
@@ -181,7 +179,7 @@ class DctAudioCodec:
 
     def mel(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """(B, 2, N) at `sample_rate` to log-mel (B, 2, T_mel, 64). Raises `DataError` as `encode`."""
-        return self.front(_check_waveform(waveform), sample_rate)
+        return self.front(check_waveform(waveform), sample_rate)
 
     def encode(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """(B, 2, N) in [-1, 1] to normalised latents (B, 8, round(25 N / sample_rate), 16) fp32.
@@ -194,7 +192,7 @@ class DctAudioCodec:
 
     def decode_mel(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, 8, T, 16) to log-mel (B, 2, 4 T - 3, 64), never below the front end's silence."""
-        _check_latents(latents, (geometry.AUDIO_CHANNELS, None, geometry.AUDIO_BINS))
+        check_latents(latents, geometry.AUDIO_CHANNELS, None, geometry.AUDIO_BINS)
         return synthesise_mel(self.norm.undo(latents.float())).clamp(min=self.front.silence)
 
     def vocode(self, mel: Tensor) -> Tensor:
@@ -242,43 +240,6 @@ def _audio_basis() -> Tensor:
     local = cosines(BAND_BINS, BAND_BINS)
     rows = [torch.einsum("s,t,m->stm", sides[s], local[t], local[m]).flatten() for s, t, m in AUDIO_ORDERS]
     return torch.stack(rows).float()
-
-
-def _check_video(video: Tensor) -> Tensor:
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise DataError(f"video of shape {tuple(video.shape)}; the video codec needs (B, 3, F, H, W)")
-    geometry.latent_frames(video.shape[2])
-    geometry.latent_size(video.shape[3], "height")
-    geometry.latent_size(video.shape[4], "width")
-    return _check_values(video, "video", PIXEL_LIMIT)
-
-
-def _check_waveform(waveform: Tensor) -> Tensor:
-    if waveform.ndim != 3 or waveform.shape[1] != 2:
-        raise DataError(
-            f"waveform of shape {tuple(waveform.shape)}; the audio codec needs (B, 2, N). Use to_stereo first"
-        )
-    return _check_values(waveform, "waveform", WAVEFORM_LIMIT)
-
-
-def _check_values(values: Tensor, name: str, limit: float) -> Tensor:
-    if not values.is_floating_point():
-        raise DataError(f"{name} of {values.dtype}; the codec needs floating-point values in [-1, 1]")
-    peak = float(values.detach().abs().max()) if values.numel() else 0.0
-    if not peak <= limit:  # also catches NaN
-        raise DataError(
-            f"{name} reaches {peak:g}; the codec needs finite values in [-1, 1]. Rescale or repair the file"
-        )
-    return values.float()
-
-
-def _check_latents(latents: Tensor, shape: tuple[int | None, ...]) -> None:
-    sizes = latents.shape[1:]
-    if len(sizes) != len(shape) or any(
-        want is not None and got != want for got, want in zip(sizes, shape, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise DataError(f"latents of shape {tuple(latents.shape)}; the codec needs (B, {wanted})")
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ class LogMel:
 
     sample_rate: int = 16000
     n_fft: int = 1024
+    window: int | None = None  # samples under the Hann window, in the middle of a frame; None: all n_fft
     hop: int = 160
     bins: int = 64
     lowest_hz: float = 0.0
@@ -52,16 +53,20 @@ class LogMel:
     def stft(self, waveform: Tensor) -> Tensor:
         """(..., N) to the complex spectrum (..., n_fft / 2 + 1, T); frames are centred, edges reflected."""
         flat = waveform.reshape(-1, waveform.shape[-1])
-        window = torch.hann_window(self.n_fft, device=waveform.device)
-        spectrum = torch.stft(flat, self.n_fft, self.hop, window=window, center=True, return_complex=True)
+        size, window = self._window(waveform.device)
+        spectrum = torch.stft(flat, self.n_fft, self.hop, size, window, center=True, return_complex=True)
         return spectrum.reshape(*waveform.shape[:-1], *spectrum.shape[-2:])
 
     def istft(self, spectrum: Tensor, length: int) -> Tensor:
         """Complex spectrum (..., n_fft / 2 + 1, T) to a waveform (..., length), by least squares."""
         flat = spectrum.reshape(-1, *spectrum.shape[-2:])
-        window = torch.hann_window(self.n_fft, device=spectrum.device)
-        waveform = torch.istft(flat, self.n_fft, self.hop, window=window, center=True, length=length)
+        size, window = self._window(spectrum.device)
+        waveform = torch.istft(flat, self.n_fft, self.hop, size, window, center=True, length=length)
         return waveform.reshape(*spectrum.shape[:-2], length)
+
+    def _window(self, device: torch.device) -> tuple[int, Tensor]:
+        size = self.window or self.n_fft
+        return size, torch.hann_window(size, device=device)
 
     def filters(self, device: torch.device | str = "cpu") -> Tensor:
         """Triangular bands (n_fft / 2 + 1, bins), each of unit area over frequency."""

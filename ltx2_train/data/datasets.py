@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from ltx2_train.record import (
     decode_record,
 )
 
-PROVENANCE = ("video_codec", "audio_codec", "text_encoder", "video_text_width", "audio_text_width")
+PROVENANCE = ("video_codec", "audio_codec", "text_encoder", "video_text_width", "audio_text_width", "text_cache")
 
 
 def save_null_text(directory: str | Path, text: TextFeatures) -> None:
@@ -48,10 +49,26 @@ class LatentDataset:
     """Random access to the samples of one directory of latent shards. Pickles as its location and opens again."""
 
     def __init__(self, store: Store, manifest: Manifest, index: Index, null_text: TextFeatures) -> None:
+        """`null_text` without rows: the features of the empty caption are not known."""
         self.store = store
         self.manifest = manifest
         self.index = index
-        self.null_text = null_text
+        self.null_text = null_text if len(null_text.video) else None
+
+    def known_null_text(self, purpose: str) -> TextFeatures:
+        """The null context. Raises `DataError` naming the purpose when it is not known."""
+        if self.null_text is None:
+            raise DataError(
+                f"{self.location}: {purpose} needs the features of the empty caption, which are not known. Run "
+                "data_prep.import_precomputed again with --null-context FILE; nothing is imported anew"
+            )
+        return self.null_text
+
+    @property
+    def stand_in_text(self) -> TextFeatures:
+        """Text of a record that cannot be read: the null context, else a row of zeros. It counts in no loss."""
+        widths = self.manifest.video_text_width, self.manifest.audio_text_width
+        return self.null_text or TextFeatures(*(torch.zeros(1, width) for width in widths))
 
     @property
     def location(self) -> str:
@@ -123,10 +140,10 @@ def _load_tables(directory: Path) -> tuple[Manifest, Index, TextFeatures]:
 def _check_null_text(text: TextFeatures, manifest: Manifest, where: str) -> None:
     widths = text.video.shape[1], text.audio.shape[1]
     stated = manifest.video_text_width, manifest.audio_text_width
-    if widths != stated or not 1 <= len(text.video) == len(text.audio):
+    if widths != stated or len(text.video) != len(text.audio):
         raise DataError(
             f"{where}/{NULL_TEXT_NAME}: {len(text.video)} and {len(text.audio)} rows of widths {widths}; the manifest "
-            f"says widths {stated}, and at least one row is needed. Re-run data_prep.encode"
+            f"says widths {stated}, and both need as many rows. Re-run data_prep.encode"
         )
 
 
@@ -140,12 +157,13 @@ def check_compatible(
     text_encoder: str | None = None,
     video_text_width: int | None = None,
     audio_text_width: int | None = None,
+    text_cache: str | None = None,
 ) -> None:
     """Raises `DataError` unless a dataset was made with what `against` expects. None: anything goes.
 
     All generations of the model have latents of the same shape, so only this provenance tells them apart.
     """
-    expected = (video_codec, audio_codec, text_encoder, video_text_width, audio_text_width)
+    expected = (video_codec, audio_codec, text_encoder, video_text_width, audio_text_width, text_cache)
     for setting, wanted in zip(PROVENANCE, expected, strict=True):
         found = getattr(manifest, setting)
         if wanted is not None and found != wanted:

@@ -91,7 +91,7 @@ class BatchReader(Dataset[Batch]):
             return dataset.read(ref.number)
         except DataError as error:
             errors.append(str(error))
-            return placeholder(dataset.index.key(ref.number), bucket, dataset.null_text)
+            return placeholder(dataset.index.key(ref.number), bucket, dataset.stand_in_text)
         except Exception as error:
             key = dataset.index.key(ref.number)
             raise RuntimeError(f"reading {key} of {dataset.location} failed: {error!r}") from error

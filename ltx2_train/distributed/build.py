@@ -10,17 +10,19 @@ from ltx2_train.distributed.engine import Engine, EngineConfig
 from ltx2_train.distributed.fsdp2 import Fsdp2Engine
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.weightfile import Stored
 
 BuildModel = Callable[[], nn.Module]
-Initialise = Callable[[nn.Module], Iterable[tuple[str, Tensor]]]
+Initialise = Callable[[nn.Module], Iterable[tuple[str, Tensor | Stored]]]
 
 
 def build_engine(build_model: BuildModel, initialise: Initialise | None, config: EngineConfig, world: World) -> Engine:
     """The engine, its weights sharded over the world and filled.
 
     `build_model` is called on the meta device, more than once. `initialise` gets such a whole model for its names and
-    shapes, and gives (name, whole tensor) of every parameter and buffer; each is generated or read, sharded and dropped
-    before the next, so that the whole model is nowhere in memory. None: the weights that `build_model` makes on rank 0.
+    shapes, and gives (name, whole tensor, or one still in a file) of every parameter and buffer; each is generated or read,
+    sharded and dropped before the next, so that the whole model is nowhere in memory. None: what `build_model` makes on
+    rank 0.
     Raises `CheckpointError` when a tensor is missing, unknown or of another shape.
     """
     with torch.device("meta"):
@@ -56,7 +58,9 @@ def tensor_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in named.items()}
 
 
-def checked(weights: Iterable[tuple[str, Tensor]], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+def checked(
+    weights: Iterable[tuple[str, Tensor | Stored]], shapes: dict[str, torch.Size]
+) -> Iterator[tuple[str, Tensor | Stored]]:
     """The same stream; raises `CheckpointError` unless it gives each of `shapes` once, as it should be."""
     missing = set(shapes)
     for name, tensor in weights:

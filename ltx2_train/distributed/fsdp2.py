@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ltx2_train.distributed.engine import EngineConfig, PendingSave, Precision, StepResult
 from ltx2_train.distributed.units import prepare_units, shard_units
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError
+from ltx2_train.weightfile import Stored
 
 FORMAT = "fsdp2-dcp-1"
 INDEX_FILE = "engine.json"
@@ -34,7 +35,11 @@ class Fsdp2Engine:
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], weights: Iterable[tuple[str, Tensor]], config: EngineConfig, world: World
+        self,
+        build: Callable[[], nn.Module],
+        weights: Iterable[tuple[str, Tensor | Stored]],
+        config: EngineConfig,
+        world: World,
     ) -> None:
         self.config, self.world = config, world
         self._mesh = init_device_mesh(world.device.type, (world.size,))
@@ -130,15 +135,12 @@ class Fsdp2Engine:
         self._reshard()
         return {**plain, **index["extra"], **tensors}
 
-    def _fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Each whole tensor is cut to this rank's part and dropped."""
+    def _fill(self, weights: Iterable[tuple[str, Tensor | Stored]]) -> None:
+        """Of each whole tensor this rank's part, which is all that is read of one that is still in a file."""
         targets = self._parameters | self._buffers
         for name, whole in weights:
             target = targets[name].detach()
-            whole = whole.to(target.device)
-            if isinstance(target, DTensor):
-                whole = distribute_tensor(whole, self._mesh, target.placements, src_data_rank=None).to_local()
-            _local(target).copy_(whole)
+            _local(target).copy_(_part(whole, target))
 
     def _global_norm(self, grads: list[Tensor]) -> float:
         """Square root of the sum of squares over all parameters and ranks, in fp32."""
@@ -302,6 +304,17 @@ def _local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory."""
     with torch.no_grad():
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _part(whole: Tensor | Stored, target: Tensor) -> Tensor:
+    """What this rank keeps of a whole tensor. Shards are ranges of rows, which lie together in a file."""
+    if not isinstance(target, DTensor):
+        return whole if isinstance(whole, Tensor) else whole.read()
+    assert target.placements == (Shard(0),), f"{target.placements}: weights are cut by rows over one mesh dim"
+    rows = -(-target.shape[0] // target.device_mesh.size())  # as torch.chunk cuts them
+    start = min(target.device_mesh.get_local_rank() * rows, target.shape[0])
+    stop = start + _local(target).shape[0]
+    return whole[start:stop] if isinstance(whole, Tensor) else whole.rows(start, stop)
 
 
 def _split_extra(extra: dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx2_train.errors import ConfigError
@@ -15,7 +14,8 @@ from ltx2_train.model.connector import Connectors, TextConditioned
 from ltx2_train.model.init import initial_tensor
 from ltx2_train.model.modality import Stream
 from ltx2_train.model.transformer import Transformer
-from ltx2_train.model.weights import PREFIX, check_shapes, read_config
+from ltx2_train.model.weights import PREFIX, check_shapes, read_config, read_weights, tensor_shapes
+from ltx2_train.weightfile import Stored
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,9 +27,12 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of `TransformerConfig` that differ from the named configuration."""
     weights: str | None = None
-    """An official-format safetensors file to start from; its header decides the architecture. None: from scratch."""
+    """What to start from: a published file, one that was exported here, or a folder of diffusers. It decides the
+    architecture. None: from scratch."""
     streams: list[Stream] = field(default_factory=lambda: [Stream.video, Stream.audio])
     """Which streams the model is built with."""
+    with_connectors: bool = True
+    """Whether the text connectors are part of the model. False for data that hold their output instead of text features."""
     train_connectors: bool = True
     """Whether the text connectors are trained with the transformer, or frozen."""
     text_tokens: int | None = None
@@ -55,11 +58,10 @@ def build_model(config: ModelConfig) -> TextConditioned:
     """The model with memory for its weights on the current default device, not yet initialised."""
     architecture = transformer_config(config)
     streams = {"video": Stream.video in config.streams, "audio": Stream.audio in config.streams}
-    model = TextConditioned(
-        Transformer(architecture, **streams), Connectors(architecture, **streams), context_tokens(config)
-    )
-    model.connectors.requires_grad_(config.train_connectors)
-    return model
+    connectors = Connectors(architecture, **streams) if config.with_connectors else None
+    if connectors is not None:
+        connectors.requires_grad_(config.train_connectors)
+    return TextConditioned(Transformer(architecture, **streams), connectors, context_tokens(config))
 
 
 def context_tokens(config: ModelConfig) -> int:
@@ -69,8 +71,8 @@ def context_tokens(config: ModelConfig) -> int:
     return RELEASED_TEXT_TOKENS if config.weights is not None else TEXT_TOKENS.get(config.name, RELEASED_TEXT_TOKENS)
 
 
-def initial_weights(model: nn.Module, config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every parameter, one at a time: from the weights file, else from (seed, name)."""
+def initial_weights(model: nn.Module, config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor | Stored]]:
+    """(name, whole tensor) of every parameter, one at a time: from (seed, name), or from the weights file, not yet read."""
     if config.weights is None:
         for name, parameter in model.named_parameters():
             yield name, initial_tensor(name, parameter.shape, seed)
@@ -78,21 +80,26 @@ def initial_weights(model: nn.Module, config: ModelConfig, seed: int) -> Iterato
         yield from _from_file(model, Path(config.weights), seed)
 
 
-def _from_file(model: nn.Module, path: Path, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of an official file under the model's names; adapters are new and come from (seed, name)."""
-    adapters = {name: p.shape for name, p in model.named_parameters() if "lora_" in name}
-    names = {official_key(name): name for name, _ in model.named_parameters() if name not in adapters}
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(PREFIX)]  # noqa: SIM118 (no mapping)
-        found = {key: torch.Size(file.get_slice(key).get_shape()) for key in keys}
-        check_shapes({key: model.get_parameter(name).shape for key, name in names.items()}, found, path)
-        for key, name in names.items():
-            yield name, file.get_tensor(key)
-    for name, shape in adapters.items():
-        yield name, initial_tensor(name, shape, seed)
+def _from_file(model: nn.Module, path: Path, seed: int) -> Iterator[tuple[str, Tensor | Stored]]:
+    """Tensors of a file under the model's names; adapters are new and come from (seed, name)."""
+    architecture, tensors = read_weights(path)
+    needs_connectors = any("_embeddings_connector." in name for name in [*dict(model.named_parameters()), *tensors])
+    with torch.device("meta"):  # the file has to fit as a whole, also where the model has one stream of it
+        whole = [Transformer(architecture), *([Connectors(architecture)] if needs_connectors else [])]
+    wanted = {name: shape for module in whole for name, shape in tensor_shapes(module).items()}
+    check_shapes(wanted, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            yield name, initial_tensor(name, parameter.shape, seed)
+        else:
+            yield name, tensors[official_name(name)]
+
+
+def official_name(name: str) -> str:
+    """The published name of a parameter of `TextConditioned`, seen through any LoRA wrapping."""
+    return name.replace(".base_layer.", ".").removeprefix("transformer.").removeprefix("connectors.")
 
 
 def official_key(name: str) -> str:
-    """The key of an official file for a parameter of `TextConditioned`, seen through any LoRA wrapping."""
-    name = name.replace(".base_layer.", ".")
-    return PREFIX + name.removeprefix("transformer.").removeprefix("connectors.")
+    """The key of a published file for a parameter of `TextConditioned`."""
+    return PREFIX + official_name(name)

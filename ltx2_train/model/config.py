@@ -1,6 +1,6 @@
 """The transformer's configuration: the fields of a released checkpoint's header, under their published names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -50,6 +50,20 @@ UNREAD_FIELDS = {
     "connector_norm_output",
     "use_audio_embeddings_connector",
 }
+# Beside caption_proj_before_connector they say that the second text feature extractor made the features (2.3, 2.5).
+SECOND_EXTRACTOR = {
+    "caption_projection_first_linear": False,
+    "caption_projection_second_linear": False,
+    "caption_proj_input_norm": False,
+}
+MOST_LISTED = 20  # differences in one message
+
+
+def listed(differences: Iterable[str]) -> str:
+    """The differences in order, as one line that stays readable."""
+    lines = sorted(differences)
+    more = f"; and {len(lines) - MOST_LISTED} more" if len(lines) > MOST_LISTED else ""
+    return "; ".join(lines[:MOST_LISTED]) + more
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,9 +167,17 @@ class TransformerConfig:
         return self.connector_num_attention_heads * self.connector_attention_head_dim
 
     @property
+    def audio_connector_heads(self) -> int:
+        return self.audio_connector_num_attention_heads or self.connector_num_attention_heads
+
+    @property
+    def audio_connector_layers(self) -> int:
+        return self.audio_connector_num_layers or self.connector_num_layers
+
+    @property
     def audio_connector_width(self) -> int:
-        heads = self.audio_connector_num_attention_heads or self.connector_num_attention_heads
-        return heads * (self.audio_connector_attention_head_dim or self.connector_attention_head_dim)
+        head_dim = self.audio_connector_attention_head_dim or self.connector_attention_head_dim
+        return self.audio_connector_heads * head_dim
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], source: str = "config.transformer") -> "TransformerConfig":
@@ -172,17 +194,22 @@ class TransformerConfig:
         if "audio_num_attention_heads" not in header:
             wrong.append("audio_num_attention_heads is missing")
         if wrong:
-            raise CheckpointError(f"{source}: not an architecture of this program: " + "; ".join(sorted(wrong)))
+            raise CheckpointError(f"{source}: not an architecture of this program: {listed(wrong)}")
         try:
             return cls(**{name: header[name] for name in header.keys() & known})
-        except (ConfigError, ValueError) as error:
+        except (ConfigError, ValueError, TypeError) as error:
             raise CheckpointError(f"{source}: {error}") from error
 
     def to_header(self) -> dict[str, Any]:
         """`config.transformer` as a released checkpoint carries it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if (
+            not self.caption_proj_before_connector
+        ):  # headers of 2.0 lack it: stated, it would select the second extractor
+            del values["caption_proj_before_connector"]
         return {
             **FIXED_FIELDS,
+            **(SECOND_EXTRACTOR if self.caption_proj_before_connector else {}),
             **{n: str(v) if isinstance(v, RopeType) else v for n, v in values.items() if v is not None},
         }
 

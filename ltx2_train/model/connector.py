@@ -118,12 +118,13 @@ class Connectors(nn.Module):
 class TextConditioned(nn.Module):
     """Connectors and transformer as one model: called as the transformer is, with text features as context.
 
-    This is what an engine shards. Frozen connectors run without recording gradients.
+    This is what an engine shards. Frozen connectors run without recording gradients. Without connectors it is called with
+    what they would give, computed once and stored.
     """
 
-    def __init__(self, transformer: Transformer, connectors: Connectors, text_tokens: int) -> None:
+    def __init__(self, transformer: Transformer, connectors: Connectors | None, text_tokens: int) -> None:
         """`text_tokens`: rows of context behind the connectors. Fixed, so that a sample does not depend on the length of
-        its batch-mates' captions; 1024 for released weights."""
+        its batch-mates' captions; 1024 for released weights. `connectors` None: the model takes stored contexts."""
         super().__init__()
         self.transformer = transformer
         self.connectors = connectors
@@ -135,8 +136,8 @@ class TextConditioned(nn.Module):
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that a sharding engine gathers one at a time."""
-        blocks: list[nn.Module] = [m for m in self.connectors.modules() if isinstance(m, ConnectorBlock)]
-        return blocks + self.transformer.shard_units()
+        modules = self.connectors.modules() if self.connectors is not None else ()
+        return [m for m in modules if isinstance(m, ConnectorBlock)] + self.transformer.shard_units()
 
     def forward(
         self,
@@ -144,17 +145,35 @@ class TextConditioned(nn.Module):
         audio: Modality | None = None,
         perturbations: Perturbations | None = None,
     ) -> Velocity:
-        """As `Transformer.forward`; each `context` is (B, L, W) text features with `context_mask` (B, L), 1 = valid."""
+        """As `Transformer.forward`; each `context` is (B, L, W) text features with `context_mask` (B, L), 1 = valid.
+
+        Without connectors each `context` is (B, S, W), S = `text_tokens`, all rows of it valid.
+        """
+        if self.connectors is None:
+            given = [None if m is None else self._stored_context(m) for m in (video, audio)]
+            return self.transformer(*given, perturbations)
         trained = any(p.requires_grad for p in self.connectors.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            video_context, audio_context = self._contexts(video, audio)
+            video_context, audio_context = _contexts(self.connectors, video, audio, self.text_tokens)
         return self.transformer(_with(video, video_context), _with(audio, audio_context), perturbations)
 
-    def _contexts(self, video: Modality | None, audio: Modality | None) -> tuple[Tensor | None, Tensor | None]:
-        given = video if video is not None else audio
-        assert given is not None, "the model needs at least one stream"
-        video_text, audio_text = (None if m is None else m.context for m in (video, audio))
-        return self.connectors(video_text, audio_text, given.context_mask, self.text_tokens)
+    def _stored_context(self, modality: Modality) -> Modality:
+        """The modality with its context as it is: behind the connectors every row is valid."""
+        if modality.context.shape[1] != self.text_tokens:
+            raise ConfigError(
+                f"the model has no connectors and needs contexts of {self.text_tokens} rows; it was given "
+                f"{modality.context.shape[1]} rows. Build it with connectors, or encode with --text-cache context"
+            )
+        return replace(modality, context_mask=None)
+
+
+def _contexts(
+    connectors: Connectors, video: Modality | None, audio: Modality | None, size: int
+) -> tuple[Tensor | None, Tensor | None]:
+    given = video if video is not None else audio
+    assert given is not None, "the model needs at least one stream"
+    video_text, audio_text = (None if m is None else m.context for m in (video, audio))
+    return connectors(video_text, audio_text, given.context_mask, size)
 
 
 def _with(modality: Modality | None, context: Tensor | None) -> Modality | None:

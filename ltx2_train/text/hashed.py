@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ltx2_train.errors import ConfigError
 from ltx2_train.record import TextFeatures
+from ltx2_train.text.encoder import MAX_ROWS
 
 NAME = "hashed-1"
 START = "\x02"  # the row that every caption opens with: the empty caption is this row alone
 PIECE_SIZE = 3  # letters of the pieces that related words share
 WORD_SHARE, PIECE_SHARE, PREVIOUS_SHARE, POSITION_SHARE = 0.55, 0.2, 0.1, 0.15  # of a row's variance
 LONGEST_WAVE = 1000.0  # rows
-MAX_ROWS = 1024  # as the released encoder: longer captions are cut
 
 
 class HashedTextEncoder:
@@ -39,6 +39,10 @@ class HashedTextEncoder:
     def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
         """Features per caption: `video` (L, video_width) and `audio` (L, audio_width) fp32 of about unit variance."""
         return [self._features(tokens(caption)) for caption in captions]
+
+    def num_rows(self, caption: str) -> int:
+        """Rows of a caption's features."""
+        return len(tokens(caption))
 
     def rows_cut(self, caption: str) -> int:
         """How many rows of a caption lie beyond `MAX_ROWS`."""

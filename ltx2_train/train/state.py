@@ -12,6 +12,7 @@ FREE_SETTINGS = (
     "train.*",  # how often, where to and how long; the seed stands outside
     "sinks.*",
     "evaluation.*",
+    "components.*",  # the data know them by their content
     "data.loader.*",
     "data.store.*",
     "data.datasets.*.path",  # a dataset is known by its content

@@ -65,21 +65,39 @@ def test_too_short_a_sound_is_refused():
         LogMel()(torch.zeros(512), 16000)
 
 
-def test_agrees_with_torchaudio():
+def test_a_window_shorter_than_the_frame_stands_in_its_middle():
+    front, wave = LogMel(n_fft=512, window=300, hop=100), torch.randn(2000)
+    frame = wave[500 - 150 : 500 + 150] * torch.hann_window(300)  # frame 5
+    padded = torch.nn.functional.pad(frame, (106, 106))
+    torch.testing.assert_close(front.magnitudes(wave)[:, 5], torch.fft.rfft(padded).abs(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(front.istft(front.stft(wave), 2000), wave, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        LogMel(),
+        LogMel(sample_rate=24000, n_fft=512, hop=120, bins=40, lowest_hz=20.0, highest_hz=11000.0),
+        LogMel(sample_rate=8000, n_fft=512, window=400, hop=100, bins=32, highest_hz=4000.0),
+    ],
+)
+def test_agrees_with_torchaudio(front):
     try:
         import torchaudio
     except (ImportError, OSError) as error:
         pytest.skip(f"torchaudio does not import here: {error}")
-    wave = torch.randn(2, 16000) * 0.1
+    wave = torch.randn(2, front.sample_rate) * 0.1
     theirs = torchaudio.transforms.MelSpectrogram(
-        16000,
-        n_fft=1024,
-        hop_length=160,
-        n_mels=64,
-        f_min=0.0,
-        f_max=8000.0,
+        front.sample_rate,
+        n_fft=front.n_fft,
+        win_length=front.window,
+        hop_length=front.hop,
+        n_mels=front.bins,
+        f_min=front.lowest_hz,
+        f_max=front.highest_hz,
         power=1.0,
         norm="slaney",
         mel_scale="slaney",
     )(wave)
-    torch.testing.assert_close(LogMel()(wave, 16000), theirs.clamp(min=1e-5).log().mT, atol=1e-4, rtol=1e-4)
+    ours = front(wave, front.sample_rate)
+    torch.testing.assert_close(ours, theirs.clamp(min=1e-5).log().mT, atol=1e-4, rtol=1e-4)

@@ -92,3 +92,12 @@ def test_datasets_of_different_kinds_do_not_mix(tmp_path):
     write_latent_dataset(tmp_path / "b", samples(text_widths=(64, 16)))
     with pytest.raises(DataError, match=r"b was encoded with text_encoder .*/a has"):
         check_mixture([open_dataset(tmp_path / "a"), open_dataset(tmp_path / "b")])
+
+
+def test_a_null_context_without_rows_is_one_that_is_not_known(tmp_path):
+    write_latent_dataset(tmp_path, samples(), null_text=TextFeatures(torch.zeros(0, 32), torch.zeros(0, 16)))
+    dataset = open_dataset(tmp_path)
+    assert dataset.null_text is None
+    assert dataset.stand_in_text.video.shape == (1, 32)
+    with pytest.raises(DataError, match=r"sampling needs the features of the empty caption, .* --null-context FILE"):
+        dataset.known_null_text("sampling")

@@ -365,7 +365,7 @@ def test_latents_with_nan_are_refused_at_the_write(tmp_path, config):
         def encode(self, video):
             return torch.full((len(video), 128, 1, 2, 2), torch.nan)
 
-    codecs = replace(encode_module.build_codecs(encode_module._codec_settings(config)), video=Broken())
+    codecs = replace(encode_module.build_codecs(encode_module.codec_choice(config)), video=Broken())
     window = Window("c7", "f", "x", 24.0, torch.zeros(3, 1, 64, 64), None, 0, {})
     with pytest.raises(DataError, match=r"c7: the codec gave NaN or infinity in its video; nothing is written"):
         list(encode_windows(iter([window]), codecs, config))

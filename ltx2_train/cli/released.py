@@ -1,0 +1,76 @@
+"""A released model out of files, to be sampled as it is or with adapters: no run, no training data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ltx2_train.cli.components import Components, ComponentsConfig, resolved
+from ltx2_train.diffusion.profiles import SamplerProfile, profile
+from ltx2_train.errors import ConfigError
+from ltx2_train.model import fuse_lora
+from ltx2_train.model.build import ModelConfig, build_model, initial_weights, transformer_config
+from ltx2_train.model.generation import UNKNOWN, generation_of
+
+SIZE = {"frames": 121, "width": 768, "height": 512, "fps": 24.0}  # of the reference's first stage
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A model of published files, and the frozen parts around it."""
+
+    model: nn.Module
+    profile: SamplerProfile
+    components: Components
+    dtype: torch.dtype
+    title: str
+    keyframe_marker: bool
+    size: dict[str, float]
+    """Frames, width, height and fps of a clip where they are not given."""
+
+
+def load_released(
+    weights: Path,
+    components: ComponentsConfig,
+    *,
+    loras: Sequence[tuple[Path, float]] = (),
+    profile_name: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Released:
+    """The model of `weights`, with `loras` (file, strength) added to it; bf16 on a GPU and fp32 elsewhere.
+
+    Parts without a place of their own are looked for in `weights`, which holds all of 2.0 and 2.3 but the language model.
+    Raises `CheckpointError`, and `ConfigError` for a generation that has no sampler profile.
+    """
+    config = ModelConfig(weights=str(weights), train_connectors=False)
+    architecture, device = transformer_config(config), torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generation = generation_of(architecture)
+    if profile_name is None and generation == UNKNOWN:
+        raise ConfigError(f"{weights}: a mixture of generations, so no sampler profile fits. Name one with --profile")
+    model = _filled(config, dtype, device)
+    for path, strength in loras:
+        fuse_lora(model, path, strength)
+    parts = ("video_codec", "audio_codec", "text_weights", "connectors")
+    return Released(
+        model=model,
+        profile=profile(profile_name or f"ltx2_{generation}"),
+        components=Components(resolved(components, dict.fromkeys(parts, str(weights))), device=device),
+        dtype=dtype,
+        title=f"LTX-{generation} of {weights.name}" + "".join(f" + {path.name} x {s:g}" for path, s in loras),
+        keyframe_marker=architecture.use_keyframes_abs_pos_embedding,
+        size=dict(SIZE),
+    )
+
+
+def _filled(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Built without memory, then filled one tensor after another."""
+    with torch.device("meta"):
+        model = build_model(config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    targets = dict(model.named_parameters())
+    for name, tensor in initial_weights(model, config, seed=0):
+        targets[name].copy_(tensor if isinstance(tensor, Tensor) else tensor.read())
+    return model

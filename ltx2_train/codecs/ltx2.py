@@ -1,0 +1,279 @@
+"""The parts of released codecs as modules: diffusers' classes, built from a header and filled strictly from a file.
+
+The library is used for its modules alone. Its loaders ignore the header, know no file of 2.3 whole and leave what they do
+not find at random values; here every tensor has its place and every place its tensor, or nothing is loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltx2_train.codecs import ltx2_config as configs
+from ltx2_train.codecs import ltx2_names as names
+from ltx2_train.codecs.ltx2_config import Section
+from ltx2_train.codecs.neighbourhood import NeighbourhoodProcessor
+from ltx2_train.errors import CheckpointError
+from ltx2_train.weightfile import FINGERPRINT_BYTES, Stored, WeightFile, open_weights
+
+Namer = Callable[[str], str]  # name in a module -> key in the file
+BARE_VIDEO = ("encoder.", "decoder.", "per_channel_statistics.")
+LISTED = 5  # keys of each kind that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A codec of a file: its tensors under keys without prefix, and where they belong."""
+
+    where: str
+    section: Section
+    tensors: Mapping[str, Stored]
+    converted: bool = False  # True for a diffusers folder, whose section are constructor arguments and whose keys names
+
+
+def open_component(path: str | Path, part: str) -> Component:
+    """The component `part` ("vae", "audio_vae", "vocoder") of a released file, a split one, or a diffusers folder.
+
+    A folder is the component's own or a pipeline's with a sub-folder of that name. Raises `CheckpointError` when the
+    part, or what the header has to say of it, is not there.
+    """
+    path = Path(path)
+    if folder := _converted_folder(path, part):
+        return _open_converted(folder)
+    weights = open_weights(path)
+    section = Section(f"{path}: config.{part}", weights.config(part))
+    return Component(f"{path} ({part})", section, _tensors(weights, part))
+
+
+def open_upsampler(path: str | Path) -> Component:
+    """A latent upsampler: its whole `config` is the section, its keys have no prefix. Raises as `open_component`."""
+    if folder := _converted_folder(Path(path), "latent_upsampler"):
+        return _open_converted(folder)
+    weights = open_weights(path)
+    return Component(str(path), Section(f"{path}: config", weights.config()), weights)
+
+
+def _converted_folder(path: Path, part: str) -> Path | None:
+    return next((folder for folder in (path / part, path) if (folder / "config.json").exists()), None)
+
+
+def _open_converted(folder: Path) -> Component:
+    config = folder / "config.json"
+    return Component(str(folder), Section(str(config), _json(config)), open_weights(folder), converted=True)
+
+
+def _tensors(weights: WeightFile, part: str) -> dict[str, Stored]:
+    tensors = weights.under(f"{part}.")
+    if not tensors and part == "vae":
+        tensors = {key: tensor for key, tensor in weights.items() if key.startswith(BARE_VIDEO)}
+    if not tensors:
+        raise CheckpointError(f"{weights.path}: no tensors under {part}. in it. Name the file that holds the {part}")
+    return names.used(tensors)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}). Get the folder again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not an object. Get the folder again")
+    return values
+
+
+# --- modules on the meta device ---
+
+
+def video_modules(section: Section, converted: bool = False) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
+    """Arguments, `encoder` and `decoder` of a video VAE without values, and how a file calls their tensors."""
+    if converted:
+        section.only("_class_name", "AutoencoderKLLTX2Video")
+        vae = _build(_video_class(), _arguments(section))
+        return dict(vae.config), nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder}), str
+    if configs.is_diffusion_vae(section):
+        return _diffusion_modules(section)
+    arguments = configs.video_encoder(section) | configs.video_decoder(section)
+    vae = _build(_video_class(), arguments)
+    parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
+    return arguments, parts, lambda name: names.video_vae(name, len(vae.encoder.down_blocks))
+
+
+def _diffusion_modules(section: Section) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
+    from diffusers import LTX2VideoDiffusionDecoderModel
+
+    arguments = configs.video_encoder(section)
+    model = _build(LTX2VideoDiffusionDecoderModel, configs.diffusion_decoder(section))
+    model.set_attn_processor(NeighbourhoodProcessor())
+    decoder = model.decoder
+    encoder = _build(_video_class(), arguments).encoder
+
+    def name_in_file(name: str) -> str:
+        if name.startswith("decoder."):
+            return names.diffusion_decoder(name)
+        return names.video_vae(name, len(encoder.down_blocks))
+
+    return arguments, nn.ModuleDict({"encoder": encoder, "decoder": decoder}), name_in_file
+
+
+def audio_modules(section: Section, converted: bool = False) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
+    """Arguments, `encoder` and `decoder` of an audio VAE without values, and how a file calls their tensors."""
+    from diffusers import AutoencoderKLLTX2Audio
+
+    if converted:
+        section.only("_class_name", "AutoencoderKLLTX2Audio")
+    arguments = _arguments(section) if converted else configs.audio_vae(section)
+    vae = _build(AutoencoderKLLTX2Audio, arguments)
+    parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
+    return dict(vae.config), parts, str if converted else names.audio_vae
+
+
+def vocoder_module(
+    section: Section, widths: Mapping[str, int], converted: bool = False, device: str = "cpu"
+) -> tuple[nn.Module, Namer]:
+    """A vocoder of either kind, and how a file calls its tensors; `widths`: input channels by first convolution.
+
+    Built with values: the resampler's filter is computed by the constructor and in no file.
+    """
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+
+    if converted:
+        kinds = {"LTX2Vocoder": LTX2Vocoder, "LTX2VocoderWithBWE": LTX2VocoderWithBWE}
+        return _converted_vocoder(section, kinds, device), str
+    if not configs.has_bandwidth_extension(section):
+        arguments = configs.vocoder(section, _width(section, widths, "conv_pre"))
+        return _build(LTX2Vocoder, arguments, device), names.vocoder
+    inputs = _width(section, widths, "vocoder.conv_pre"), _width(section, widths, "bwe_generator.conv_pre")
+    return _build(LTX2VocoderWithBWE, configs.bandwidth_vocoder(section, *inputs), device), names.vocoder
+
+
+def _width(section: Section, widths: Mapping[str, int], layer: str) -> int:
+    if layer not in widths:
+        raise CheckpointError(f"{section.where}: 1 missing: {layer}.weight. Get the file again")
+    return widths[layer]
+
+
+def _converted_vocoder(section: Section, kinds: dict[str, Any], device: str) -> nn.Module:
+    kind, arguments = section.only("_class_name", *kinds), _arguments(section)
+    if kind == "LTX2VocoderWithBWE":  # published folders leave out the clamp that the second stage was trained with
+        arguments["final_act_fn"] = arguments.get("final_act_fn") or "clamp"
+    return _build(kinds[kind], arguments, device)
+
+
+def upsampler_module(section: Section, converted: bool = False) -> nn.Module:
+    """A latent upsampler without values; files call its tensors as the module does."""
+    from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
+
+    return _build(LTX2LatentUpsamplerModel, _arguments(section) if converted else configs.upsampler(section))
+
+
+def _video_class() -> Any:
+    from diffusers import AutoencoderKLLTX2Video
+
+    return AutoencoderKLLTX2Video
+
+
+def _build(kind: Any, arguments: dict[str, Any], device: str = "meta") -> Any:
+    try:
+        with torch.device(device):
+            return kind(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise CheckpointError(
+            f"{kind.__name__} cannot be built from this header: {error}. Use a published file"
+        ) from error
+
+
+def _arguments(section: Section) -> dict[str, Any]:
+    return {key: value for key, value in section.values.items() if not key.startswith("_")}
+
+
+# --- values ---
+
+
+def fill(module: nn.Module, component: Component, name_in_file: Namer, dtype: torch.dtype) -> None:
+    """Gives every tensor of the module its value from the component, cast to `dtype`, one at a time.
+
+    Raises `CheckpointError` with the lists of what is missing, surplus or of another shape, and for values not finite.
+    """
+    state = module.state_dict()
+    check_keys(component, {name_in_file(name): tensor.shape for name, tensor in state.items()})
+    for name in list(state):
+        value = component.tensors[name_in_file(name)].read()
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{component.where}: {name_in_file(name)} is not finite. Get the file again")
+        state[name] = value.to(dtype)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def check_keys(component: Component, wanted: Mapping[str, torch.Size]) -> None:
+    """Raises `CheckpointError` when the component's tensors are not those wanted. Statistics are looked at elsewhere."""
+    statistics = {*names.STATISTICS, *names.STATISTICS.values()}
+    found = {key: tensor.shape for key, tensor in component.tensors.items() if key not in statistics}
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "surplus": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{key} {list(found[key])} instead of {list(wanted[key])}"
+            for key in sorted(found.keys() & wanted.keys())
+            if found[key] != wanted[key]
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"{component.where}: does not fit its header. {lists}. Get the file again")
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:LISTED]) + (", ..." if len(keys) > LISTED else "")
+
+
+def statistics(component: Component, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latent channels, fp32 (size,)."""
+    found = []
+    for name, key in names.STATISTICS.items():
+        key = name if component.converted else key
+        if key not in component.tensors:
+            raise CheckpointError(
+                f"{component.where}: {key} is missing, so latents cannot be normalised. Get the whole file"
+            )
+        value = component.tensors[key].read().float()
+        if value.shape != (size,):
+            raise CheckpointError(
+                f"{component.where}: {key} {list(value.shape)} instead of [{size}]. Get the file again"
+            )
+        found.append(value)
+    mean, deviation = found
+    if not (mean.isfinite().all() and (deviation > 0).all()):
+        raise CheckpointError(
+            f"{component.where}: the statistics of the latents are not finite and positive. Get the file again"
+        )
+    return mean, deviation
+
+
+def fingerprint(component: Component, module: nn.Module, name_in_file: Namer, facts: Mapping[str, Any]) -> str:
+    """16 hex digits of SHA-256 over a module's tensors (name, dtype, shape, first 4 KiB), the statistics and `facts`.
+
+    The same for a monolith, a part of it and a diffusers folder of the same tensors.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    places = {name: name_in_file(name) for name in module.state_dict()}
+    places |= {name: name if component.converted else key for name, key in names.STATISTICS.items()}
+    for name, key in sorted(places.items()):
+        tensor = component.tensors[key]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_head(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _head(tensor: Stored) -> bytes:
+    if not tensor.shape:
+        return tensor.read().reshape(1).view(torch.uint8).numpy().tobytes()
+    row = max(1, prod(tensor.shape[1:])) * tensor.dtype.itemsize
+    rows = tensor.rows(0, min(tensor.shape[0], -(-FINGERPRINT_BYTES // row)))
+    return rows.reshape(-1).view(torch.uint8)[:FINGERPRINT_BYTES].numpy().tobytes()
