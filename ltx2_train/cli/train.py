@@ -189,9 +189,23 @@ def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[L
         audio_text_width=config.audio_connector_width,
         text_cache=TextCache.FEATURES if job.model.with_connectors else TextCache.CONTEXT,
     )
+    check_own_codec(training[0], job)
     for dataset in (*training, *heldout):
         check_captions(dataset, job)
     return training, heldout
+
+
+def check_own_codec(dataset: "LatentDataset", job: "TrainJob") -> None:
+    """Raises `DataError` when the weights come with a video VAE, and it is another one than that of the latents.
+
+    Latents of all generations have the same shapes: nothing else would tell.
+    """
+    from ltx2_train.codecs import has_video_codec, video_codec_name
+    from ltx2_train.data.datasets import check_compatible
+
+    if job.model.weights is not None and has_video_codec(job.model.weights):
+        own = video_codec_name(job.model.weights)
+        check_compatible(dataset.location, dataset.manifest, against=job.model.weights, video_codec=own)
 
 
 def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
@@ -331,7 +345,9 @@ def _sampling(job: "TrainJob", dataset: "LatentDataset", marker: bool) -> Any:
     from ltx2_train.diffusion.profiles import profile
     from ltx2_train.evals.samples import Sampling
 
-    return Sampling(profile=profile(job.evaluation.profile), negative=dataset.known_null_text("sampling"), keyframe_marker=marker)
+    return Sampling(
+        profile=profile(job.evaluation.profile), negative=dataset.known_null_text("sampling"), keyframe_marker=marker
+    )
 
 
 if __name__ == "__main__":

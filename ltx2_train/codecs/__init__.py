@@ -7,7 +7,7 @@ import torch
 from ltx2_train.codecs.audio import AudioCodec
 from ltx2_train.codecs.dct import DctAudioCodec, DctVideoCodec
 from ltx2_train.codecs.ltx2_audio import Ltx2AudioCodec, load_audio_codec
-from ltx2_train.codecs.ltx2_video import Ltx2VideoCodec, load_video_codec
+from ltx2_train.codecs.ltx2_video import Ltx2VideoCodec, has_video_codec, load_video_codec, video_codec_name
 from ltx2_train.codecs.upsampler import Upsampler, load_upsampler
 from ltx2_train.codecs.video import VideoCodec
 from ltx2_train.errors import ConfigError
@@ -20,9 +20,11 @@ __all__ = [
     "VideoCodec",
     "build_audio_codec",
     "build_video_codec",
+    "has_video_codec",
     "load_audio_codec",
     "load_upsampler",
     "load_video_codec",
+    "video_codec_name",
 ]
 
 RELEASED = "ltx2-"  # how names of loaded codecs begin

@@ -1,5 +1,6 @@
 """The released video VAEs: the causal encoder, and the decoder by convolutions or by one step of diffusion."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from math import ceil
@@ -17,6 +18,7 @@ from ltx2_train.codecs.checks import check_latents, check_video
 from ltx2_train.codecs.tiling import Axis, blend, check_tile, spans
 from ltx2_train.errors import DataError
 from ltx2_train.rng import generator
+from ltx2_train.weightfile import open_weights
 
 DECODE_NOISE = 0.025  # share of noise that a conditioned decoder expects in its latents
 DECODE_TIMESTEP = 0.05
@@ -39,16 +41,45 @@ def load_video_codec(
     Raises `CheckpointError` when the file is not safetensors, when its header does not describe a video VAE, or when its
     tensors are not exactly those that the header asks for.
     """
+    part = _open(path)
+    ltx2.fill(part.modules, part.component, part.name_in_file, dtype or torch.float32)
+    mean, deviation = ltx2.statistics(part.component, part.arguments["latent_channels"])
+    return Ltx2VideoCodec(part.name, part.modules.to(device), mean.to(device), deviation.to(device))
+
+
+def video_codec_name(path: str | Path) -> str:
+    """The `name` of the codec that `load_video_codec` makes of a file, for which little of it is read. Raises likewise."""
+    return _open(path).name
+
+
+def has_video_codec(path: str | Path) -> bool:
+    """Whether a released file or folder, of whatever parts, has a video VAE among them."""
+    path = Path(path)
+    return (path / "vae" / "config.json").exists() if path.is_dir() else bool(open_weights(path).under("vae."))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A video VAE of a file: its modules without values, and how the file calls their tensors."""
+
+    component: ltx2.Component
+    arguments: dict[str, Any]
+    modules: nn.ModuleDict
+    name_in_file: ltx2.Namer
+
+    @property
+    def name(self) -> str:
+        facts = {key: self.arguments[key] for key in LATENT_FACTS}
+        encoder = nn.ModuleDict({"encoder": self.modules["encoder"]})
+        return f"ltx2-video-{ltx2.fingerprint(self.component, encoder, self.name_in_file, facts)}"
+
+
+def _open(path: str | Path) -> _Part:
     component = ltx2.open_component(path, "vae")
-    arguments, modules, name_in_file = ltx2.video_modules(component.section, component.converted)
-    if not component.converted:
-        component = ltx2.Component(component.where, component.section, ltx2_names.split_fused(component.tensors))
-    ltx2.fill(modules, component, name_in_file, dtype or torch.float32)
-    mean, deviation = ltx2.statistics(component, arguments["latent_channels"])
-    facts = {key: arguments[key] for key in LATENT_FACTS}
-    encoder = nn.ModuleDict({"encoder": modules["encoder"]})
-    name = f"ltx2-video-{ltx2.fingerprint(component, encoder, name_in_file, facts)}"
-    return Ltx2VideoCodec(name, modules.to(device), mean.to(device), deviation.to(device))
+    part = _Part(component, *ltx2.video_modules(component.section, component.converted))
+    if component.converted:
+        return part
+    return replace(part, component=replace(component, tensors=ltx2_names.split_fused(component.tensors)))
 
 
 class Ltx2VideoCodec:

@@ -114,6 +114,15 @@ def test_a_run_merged_into_its_base_is_the_run(place, capsys, tmp_path):
     assert all(".to_" in name for name in changed)
 
 
+def test_latents_of_another_generation_are_refused_though_their_shapes_fit(place, tmp_path, capsys):
+    _, _, gemma, _, _ = place
+    first, second = (write_release(tmp_path / name, name, seed=seed) for seed, name in enumerate(("2.0", "2.3")))
+    data = encoded(tmp_path, first, gemma, "--text-weights", str(place[1].text_projection))
+    where = (f"data.datasets.0.path={data}", f"train.run_dir={tmp_path / 'run'}", f"model.weights={second.transformer}")
+    assert ltx2_train("model=tiny", "model.text_tokens=1024", "sinks.wandb=false", "train.max_steps=1", *where) == 2
+    assert "was encoded with video_codec" in capsys.readouterr().err
+
+
 def test_one_record_is_decoded_for_eye_and_ear(place, tmp_path):
     data = place[3]
     show.main([str(data), "--out", str(tmp_path)])
