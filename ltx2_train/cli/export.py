@@ -118,14 +118,18 @@ class Source:
     provenance: dict[str, Any]
 
     def tensors(self, *, adapters: bool) -> "Iterator[tuple[str, Tensor]]":
-        """(name, whole tensor) of all adapters, or of everything else, in the model's order.
+        """(name, whole tensor) of all adapters, or of everything else: what was trained, then what was not, each in the
+        model's order.
 
-        Raises `CheckpointError` for NaN or infinite values.
+        Raises `CheckpointError` for NaN or infinite values, and for another base than the run's.
         """
         from ltx2_train.distributed.fsdp2 import saved_weights
         from ltx2_train.errors import CheckpointError
+        from ltx2_train.model.build import initial_weights
 
-        for name, tensor in saved_weights(self.checkpoint, averaged="ema" if self.weights == "ema" else None):
+        initial = None if adapters else initial_weights(self.model(), self.job.model, self.job.seed)
+        averaged = "ema" if self.weights == "ema" else None
+        for name, tensor in saved_weights(self.checkpoint, averaged=averaged, initial=initial):
             if (".lora_" in name) is not adapters:
                 continue
             if not tensor.isfinite().all():
@@ -291,6 +295,7 @@ class Work:
         from ltx2_train.model.lora import official_name
 
         own = {name: p for name, p in self.model.named_parameters() if ".lora_" not in name}
+        own = dict(sorted(own.items(), key=lambda item: not item[1].requires_grad))  # the order in which they come
         passing = InOrder(self.source.tensors(adapters=False))
         names = {name: official_name(name) for name in own}
         trained = {

@@ -15,6 +15,7 @@ from ltx2_train.data.datasets import PROVENANCE
 from ltx2_train.diffusion.profiles import SamplerProfile, profile
 from ltx2_train.distributed.fsdp2 import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.model.build import initial_weights
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
 
 WEIGHTS = ("ema", "raw")
@@ -102,12 +103,13 @@ def load_trained(
 
 
 def _model(job: TrainJob, checkpoint: Path, weights: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Built without memory, then filled one tensor after another."""
+    """Built without memory, then filled one tensor after another; what is frozen comes from the weights before training."""
     with torch.device("meta"):
         model = build(job)
+    initial = initial_weights(model, job.model, job.seed)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in saved_weights(checkpoint, averaged="ema" if weights == "ema" else None):
+    for name, tensor in saved_weights(checkpoint, averaged="ema" if weights == "ema" else None, initial=initial):
         targets.pop(name).copy_(tensor)
     assert not targets, f"{checkpoint} has no {', '.join(targets)}"
     return model

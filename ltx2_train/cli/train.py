@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ltx2_train.model.config import TransformerConfig
     from ltx2_train.train.checkpoint import Checkpointer, Restored
     from ltx2_train.train.ema import Ema
+    from ltx2_train.train.faults import Rollback
     from ltx2_train.train.trainer import Evaluator, Outcome, Trainer
     from ltx2_train.weightfile import Stored
 
@@ -66,26 +67,40 @@ def run(job: "TrainJob") -> int:
 
 def train(job: "TrainJob", world: "World") -> "Outcome":
     """Trains the job to its end or to a signal."""
+    from ltx2_train.distributed.watchdog import Watchdog
     from ltx2_train.train.lock import lock_run
+    from ltx2_train.train.trainer import Outcome
 
     set_up_logging(world.is_main)
+    world = world.sharing_samples(job.engine.sequence)
     job.train.run_dir = world.broadcast_object(job.train.run_dir)  # its name may hold the time at which a rank started
-    with lock_run(Path(job.train.run_dir), world):
-        trainer = build_trainer(job, world)
+    with lock_run(Path(job.train.run_dir), world), Watchdog(world, job.train.hang_seconds) as watchdog:
+        trainer = build_trainer(job, world, watchdog.at)
         if trainer.finished:
             step, last = trainer.state.step, job.train.max_steps
             logger.info("nothing to do: %s is at step %d of %d", job.train.run_dir, step, last)
-        try:
-            outcome = trainer.run()
-        finally:
-            for sink in trainer.sinks:
-                sink.close()
+        while (outcome := _run_and_close(trainer)) is Outcome.ROLLED_BACK:
+            trainer = build_trainer(job, world, watchdog.at, before=trainer)
     logger.info("%s at step %d; everything lies in %s", outcome.value, trainer.state.step, job.train.run_dir)
     return outcome
 
 
-def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
-    """All parts of a run, put together: the one place that knows them all."""
+def _run_and_close(trainer: "Trainer") -> "Outcome":
+    try:
+        return trainer.run()
+    finally:
+        for sink in trainer.sinks:
+            sink.close()
+
+
+def build_trainer(
+    job: "TrainJob", world: "World", position: "Callable[[str], None]", *, before: "Trainer | None" = None
+) -> "Trainer":
+    """All parts of a run, put together: the one place that knows them all.
+
+    `position` is told where in a step this rank is. `before`: the trainer of this run that asks for a rollback; its engine
+    is used again, everything else is made anew.
+    """
     from ltx2_train.cli.components import PATHS, resolved
     from ltx2_train.cli.schema import plain, save_job
     from ltx2_train.data.datasets import PROVENANCE
@@ -93,6 +108,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     from ltx2_train.data.plan import Plan
     from ltx2_train.diffusion.objective import Objective
     from ltx2_train.diffusion.profiles import profile
+    from ltx2_train.distributed.sequence import GroupBatches
     from ltx2_train.model.build import context_tokens, transformer_config
     from ltx2_train.train.checkpoint import Checkpointer
     from ltx2_train.train.ema import Ema
@@ -105,6 +121,7 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
 
     run_dir, config = Path(job.train.run_dir), transformer_config(job.model)
     check_streams(job)
+    check_sequence(job)
     datasets, heldout = open_datasets(job, config)
     manifest = datasets[0].manifest
     made_with = {name: getattr(manifest, name) for name in PROVENANCE}
@@ -113,12 +130,14 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
     settings = plain(job) | {"sampler_profile": profile(job.evaluation.profile).to_dict(), "provenance": provenance}
     marker = config.use_keyframes_abs_pos_embedding
     objective = Objective(job.objective, datasets[0].null_text, marker)
-    engine = open_engine(job, world)
+    rollback = before.rollback if before is not None else None
+    engine = open_engine(job, world) if before is None else before.engine
     ema = Ema(engine.shards(), job.ema) if job.ema is not None else None
     keep = {"keep_last": job.train.keep_last, "keep_every": job.train.keep_every}
     checkpoints = Checkpointer(run_dir, world, identity=identity(job, datasets), **keep)
-    restored = resume(job, checkpoints, engine, ema)
+    restored = resume(job, checkpoints, engine, ema, rollback)
     state = TrainState() if restored is None else TrainState.from_dict(restored.state["train"])
+    state = state if rollback is None else state.rolled_back(rollback.keys)
     state = replace(state, skipped=tuple(sorted({*state.skipped, *job.data.skip})))
     plan = Plan([d.index for d in datasets], job.data.weights, job.data.plan, frozenset(state.skipped))
     evaluated = world.broadcast_object(recorded_events(run_dir / METRICS_NAME, state.step))
@@ -130,7 +149,9 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
         world=world,
         engine=engine,
         objective=objective,
-        batches=Loader(datasets, plan, world.rank, world.size, state.step, job.data.loader),
+        batches=GroupBatches(
+            Loader(datasets, plan, world.data_rank, world.data_size, state.step, job.data.loader), world
+        ),
         learning_rate=lambda step: learning_rate(step, job.optim),
         metrics=Metrics(world, world.device, peak_of(world, job)),
         checkpoints=checkpoints,
@@ -148,8 +169,13 @@ def build_trainer(job: "TrainJob", world: "World") -> "Trainer":
         evaluated={(state.step, name) for name in evaluated},
         records=BadRecords(job.data.loader.bad_fraction),
         job=settings,
+        rolled_back=rollback,
+        position=position,
         flops=lambda batch: training_flops(
-            config, batch_load(batch, context_tokens(job.model)), frozen_base=job.lora is not None
+            config,
+            batch_load(batch, context_tokens(job.model), job.model.streams),
+            lora=job.lora,
+            connectors_trained=job.model.train_connectors,
         ),
     )
 
@@ -170,6 +196,22 @@ def check_streams(job: "TrainJob") -> None:
         raise ConfigError(
             f"objective.streams={sorted(asked)}: the model has no {', '.join(sorted(missing))} stream "
             f"(model.streams={sorted(built)}). Make them agree"
+        )
+
+
+def check_sequence(job: "TrainJob") -> None:
+    """Raises `ConfigError` for a policy under which the ranks that share a sample would not recompute the same blocks.
+
+    Their pieces may differ by a token, and so what they measure. A block recomputed on one of them alone would wait for
+    heads that the others never send.
+    """
+    from ltx2_train.distributed.engine import Recompute
+    from ltx2_train.errors import ConfigError
+
+    if job.engine.sequence > 1 and job.engine.recompute is Recompute.budget:
+        raise ConfigError(
+            f"engine.recompute=budget with engine.sequence={job.engine.sequence}: the ranks of a group would choose each "
+            "for itself. Take engine.recompute=full, selective or every_n"
         )
 
 
@@ -225,10 +267,16 @@ def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
 
 
 def open_engine(job: "TrainJob", world: "World") -> "Engine":
-    """The model, with adapters if there are any, sharded and filled."""
+    """The model, with adapters if there are any, its tokens and weights shared out, and filled."""
     from ltx2_train.distributed.build import build_engine
+    from ltx2_train.distributed.sequence import apply_sequence_parallel
 
-    return build_engine(lambda: build(job), lambda model: starting_weights(model, job), job.engine, world)
+    return build_engine(
+        lambda: apply_sequence_parallel(build(job), world),
+        lambda model: starting_weights(model, job),
+        job.engine,
+        world,
+    )
 
 
 def starting_weights(model: "nn.Module", job: "TrainJob") -> "Iterable[tuple[str, Tensor | Stored]]":
@@ -252,8 +300,14 @@ def build(job: "TrainJob") -> "nn.Module":
     return add_lora(model, job.lora)
 
 
-def resume(job: "TrainJob", checkpoints: "Checkpointer", engine: "Engine", ema: "Ema | None") -> "Restored | None":
-    """What the run goes on from, loaded; None at a start.
+def resume(
+    job: "TrainJob",
+    checkpoints: "Checkpointer",
+    engine: "Engine",
+    ema: "Ema | None",
+    rollback: "Rollback | None" = None,
+) -> "Restored | None":
+    """What the run goes on from, loaded: where a rollback leads to, or else what the job says; None at a start.
 
     Raises `CheckpointError` when there is a checkpoint that does not fit, `ConfigError` when there should be none.
     """
@@ -261,7 +315,7 @@ def resume(job: "TrainJob", checkpoints: "Checkpointer", engine: "Engine", ema: 
     from ltx2_train.train.checkpoint import newest_complete
 
     template = ema.state() if ema is not None else {}
-    wish, directory = job.train.resume, None
+    wish, directory = job.train.resume if rollback is None else str(rollback.directory), None
     if wish == "never":
         if newest_complete(Path(job.train.run_dir)) is not None:
             raise ConfigError(

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ltx2_train.distributed.engine import Engine, EngineConfig
-from ltx2_train.distributed.fsdp2 import Fsdp2Engine
+from ltx2_train.distributed.engine import Backend, Engine, EngineConfig
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.weightfile import Stored
@@ -35,7 +34,18 @@ def build_engine(build_model: BuildModel, initialise: Initialise | None, config:
         freeze_parameters(model, config.freeze)
         return model
 
-    return Fsdp2Engine(build_frozen, checked(weights, tensor_shapes(whole)), config, world)
+    return _engine(config.backend)(build_frozen, checked(weights, tensor_shapes(whole)), config, world)
+
+
+def _engine(backend: Backend) -> Callable[..., Engine]:
+    """The one choice between backends."""
+    if backend is Backend.zero3:
+        from ltx2_train.distributed.zero3 import Zero3Engine
+
+        return Zero3Engine
+    from ltx2_train.distributed.fsdp2 import Fsdp2Engine
+
+    return Fsdp2Engine
 
 
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:

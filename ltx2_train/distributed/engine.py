@@ -13,17 +13,34 @@ from torch import Tensor
 from ltx2_train.errors import ConfigError
 
 
+class Backend(StrEnum):
+    """Who shards the model. A setting that a backend cannot honour is refused."""
+
+    fsdp2 = "fsdp2"  # PyTorch's fully_shard
+    zero3 = "zero3"  # DeepSpeed ZeRO-3
+
+
 class Precision(StrEnum):  # lower case: OmegaConf finds members by name
     bf16 = "bf16"  # forward and backward in bf16, fp32 masters and reductions; frozen parameters are kept in bf16
     fp32 = "fp32"
 
 
-class Recompute(StrEnum):
-    """Activation checkpointing: which blocks are run again in backward instead of keeping their activations."""
+class Offload(StrEnum):
+    """What lives in the host's memory instead of the device's."""
 
     none = "none"
-    full = "full"
-    every_n = "every_n"
+    optimizer = "optimizer"  # masters and moments, 12 bytes per trained parameter; the update runs on the CPU
+    all = "all"  # weights and gradients too; a block's weights come to the device when it runs
+
+
+class Recompute(StrEnum):
+    """Activation checkpointing: what is run again in backward instead of being kept. No policy changes a result's bits."""
+
+    none = "none"
+    every_n = "every_n"  # every n-th block
+    selective = "selective"  # every block, except that the attentions' outputs are kept
+    budget = "budget"  # the blocks whose activations do not fit a stated memory
+    full = "full"  # every block
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,10 +76,21 @@ class AdamWConfig:
 class EngineConfig:
     """How the model is sharded, computed and updated."""
 
+    backend: Backend = Backend.fsdp2
+    """Who shards the model."""
     precision: Precision = Precision.fp32
     """Compute dtype. Masters, optimizer state, gradient sums and norms are fp32 either way."""
+    replicate: int = 1
+    """Whole copies of the sharded model (HSDP): weights are gathered among num_ranks / replicate neighbouring ranks, such as
+    the GPUs of a machine, and only gradients cross between the copies. Must divide the number of ranks."""
     reshard: bool = True
-    """Free a block's whole weights after its forward and gather them again in backward: less memory, more traffic."""
+    """Free a block's whole weights after its forward and gather them again in backward: less memory, more traffic. The
+    last block's always stay, because backward begins with it."""
+    prefetch: int = 0
+    """Blocks whose weights are gathered ahead of the one that runs, in forward and in backward; each needs room for its
+    whole weights. 0: the backend's own order."""
+    offload: Offload = Offload.none
+    """What is moved to the host's memory: none, optimizer or all."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm that is applied unscaled. None: no clipping."""
     skip_above: float | None = None
@@ -71,21 +99,63 @@ class EngineConfig:
     """Activation checkpointing policy."""
     recompute_every: int = 2
     """With recompute=every_n: every n-th block is recomputed, the first included."""
+    recompute_budget_gb: float | None = None
+    """With recompute=budget: GB (1e9 bytes) that activations inside blocks may take on a rank, those of a block that is
+    being recomputed included, the blocks' inputs, which every policy keeps, not. One block is kept in any case."""
     compile: bool = False
-    """torch.compile each block's forward."""
+    """torch.compile each block's forward, once for every shape that it meets. Not with recompute=selective: compiled code
+    does not show its attentions."""
     freeze: list[str] = field(default_factory=list)
     """Regular expressions (full match) of parameters that are never updated, besides those the model itself freezes."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    sequence: int = 1
+    """Ranks that share the tokens of each sample, for clips whose activations do not fit one device. Must divide the number
+    of ranks and the model's attention heads."""
 
     def __post_init__(self) -> None:
-        self.precision, self.recompute = Precision(self.precision), Recompute(self.recompute)
+        self.backend, self.precision = Backend(self.backend), Precision(self.precision)
+        self.offload, self.recompute = Offload(self.offload), Recompute(self.recompute)
         for name in ("grad_clip", "skip_above"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"engine.{name}={value}: must be above 0, or null for none")
-        if self.recompute_every < 1:
-            raise ConfigError(f"engine.recompute_every={self.recompute_every}: must be 1 or more")
+        for name, least in (("replicate", 1), ("prefetch", 0), ("recompute_every", 1), ("sequence", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"engine.{name}={getattr(self, name)}: must be {least} or more")
+        self._check_recompute()
+        self._check_backend()
         check_patterns("engine.freeze", self.freeze)
+
+    def _check_recompute(self) -> None:
+        budget = self.recompute_budget_gb
+        if budget is not None and not budget > 0:
+            raise ConfigError(f"engine.recompute_budget_gb={budget}: must be above 0")
+        if self.recompute is Recompute.budget and budget is None:
+            raise ConfigError("engine.recompute=budget: say how many GB in engine.recompute_budget_gb")
+        if self.recompute is Recompute.selective and self.compile:
+            raise ConfigError(
+                "engine.compile=true: compiled code does not show the attentions that engine.recompute=selective keeps. "
+                "Take engine.recompute=full, every_n or budget, or engine.compile=false"
+            )
+
+    def _check_backend(self) -> None:
+        """Raises `ConfigError` naming the first setting that the backend cannot honour."""
+        if self.backend is Backend.fsdp2:
+            return
+        for name, (only, reason) in _ZERO3_ONLY.items():
+            if getattr(self, name) != only:
+                raise ConfigError(
+                    f"engine.{name}={getattr(self, name)}: engine.backend=zero3 {reason}. Leave it at {only}, or take "
+                    "engine.backend=fsdp2"
+                )
+
+
+# The one value that ZeRO-3 has for a setting, and why.
+_ZERO3_ONLY: dict[str, tuple[Any, str]] = {
+    "replicate": (1, "shards over all ranks"),
+    "reshard": (True, "always frees a block's weights after its forward"),
+    "prefetch": (0, "gathers ahead by its own rules"),
+}
 
 
 def check_patterns(field_name: str, patterns: list[str]) -> None:

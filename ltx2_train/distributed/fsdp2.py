@@ -6,23 +6,26 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from ltx2_train.distributed.engine import EngineConfig, PendingSave, Precision, StepResult
+from ltx2_train.distributed.base import Part, fingerprints, other_base, verified
+from ltx2_train.distributed.engine import EngineConfig, Offload, PendingSave, Precision, StepResult
 from ltx2_train.distributed.units import prepare_units, shard_units
 from ltx2_train.distributed.world import World
-from ltx2_train.errors import CheckpointError
+from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.weightfile import Stored
 
-FORMAT = "fsdp2-dcp-1"
+FORMAT = "fsdp2-dcp-2"
 INDEX_FILE = "engine.json"
 READ_AT_ONCE = 1 << 30  # bytes of weights read in one call
 
@@ -42,7 +45,7 @@ class Fsdp2Engine:
         world: World,
     ) -> None:
         self.config, self.world = config, world
-        self._mesh = init_device_mesh(world.device.type, (world.size,))
+        self._mesh = _mesh(world, config.replicate)
         self._save_talk = _save_talk(world)
         with torch.device("meta"):
             self.module = build()
@@ -50,15 +53,19 @@ class Fsdp2Engine:
         if config.precision is Precision.bf16:
             _keep_frozen_in_bf16(self.module)
         prepare_units(shard_units(self.module), config)
-        self._is_sharded = world.size > 1 or config.precision is not Precision.fp32
+        offloads = config.offload is Offload.all
+        self._is_sharded = world.size > 1 or config.precision is not Precision.fp32 or offloads
         if self._is_sharded:
             _shard(self.module, self._mesh, config)
-        self.module.to_empty(device=world.device)
+        self.module.to_empty(device="cpu" if offloads else world.device)
+        if offloads:
+            _move_buffers(self.module, world.device)
         # Parameters are looked up once: after a forward the module may hold whole weights in their place.
         self._parameters = dict(self.module.named_parameters())
         self._buffers = dict(self.module.named_buffers())
         self._fill(weights)
-        self._masters = {name: _local(p) for name, p in self._parameters.items() if p.requires_grad}
+        trained = {name: _local(p) for name, p in self._parameters.items() if p.requires_grad}
+        self._masters = trained if config.offload is not Offload.optimizer else _on_host(trained)
         self._optimizer = _adamw(self._masters, {n: p.ndim for n, p in self._parameters.items()}, config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -97,7 +104,7 @@ class Fsdp2Engine:
         for name, parameter in self._parameters.items():
             if trained_only and name not in self._masters:
                 continue
-            whole = parameter.detach()
+            whole = self._whole(name, _local(parameter))
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
             yield name, whole.to("cpu", copy=True) if self.world.is_main else torch.empty(0)
@@ -130,9 +137,9 @@ class Fsdp2Engine:
         with torch.no_grad():
             reader = dcp.FileSystemReader(directory)
             dcp.load(self._state(tensors), storage_reader=reader, **self._save_talk)
+            self._publish()
         for name, master in self._masters.items():
             self._optimizer.state[master]["step"].fill_(index["steps"][name])
-        self._reshard()
         return {**plain, **index["extra"], **tensors}
 
     def _fill(self, weights: Iterable[tuple[str, Tensor | Stored]]) -> None:
@@ -143,22 +150,23 @@ class Fsdp2Engine:
             _local(target).copy_(_part(whole, target))
 
     def _global_norm(self, grads: list[Tensor]) -> float:
-        """Square root of the sum of squares over all parameters and ranks, in fp32."""
+        """Square root of the sum of squares over all parameters, in fp32. Every replica adds the same."""
         assert grads, "step() without gradients: backward(..., last=True) comes first"
-        norms = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32))
-        return float(self.world.all_sum(norms.square().sum()).sqrt().item())
+        squares = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
+        total = self.world.all_sum(squares.to(self.world.device))
+        return float((total / self.config.replicate).sqrt().item())
 
     def _update(self, grads: dict[str, Tensor], norm: float, lr: float) -> None:
         clip = self.config.grad_clip
         if clip is not None and norm > clip:
             torch._foreach_mul_(list(grads.values()), clip / norm)
         for name, grad in grads.items():
-            self._masters[name].grad = grad if grad.numel() else None
+            self._masters[name].grad = grad.to(self._masters[name].device) if grad.numel() else None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._reshard()
+        self._publish()
 
     @torch.no_grad()
     def _exchange(self, shards: dict[str, Tensor]) -> None:
@@ -166,20 +174,28 @@ class Fsdp2Engine:
             own = master.clone()
             master.copy_(shards[name])
             shards[name].copy_(own)
-        self._reshard()
+        self._publish()
 
-    def _reshard(self) -> None:
-        """Drops whole weights that a forward left in place, so that the next one gathers the new ones."""
+    def _publish(self) -> None:
+        """Makes the masters what the next forward computes with.
+
+        Masters on the host are copied into the parameters, and whole weights that a forward left in place are dropped,
+        so that the next one gathers the new ones.
+        """
+        if self.config.offload is Offload.optimizer:
+            for name, master in self._masters.items():
+                _local(self._parameters[name]).copy_(master)
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def _state(self, extra: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Everything that is saved, as whole tensors of which this rank holds its part."""
+        """Everything that is saved, as whole tensors of which this rank holds its part: nothing that is frozen."""
+        model = {name: self._whole(name, master) for name, master in self._masters.items()}
         moments = [("exp_avg", name, master) for name, master in self._masters.items()]
         moments += [("exp_avg_sq", name, master) for name, master in self._masters.items()]
         return {
-            "model": {name: tensor.detach() for name, tensor in (self._parameters | self._buffers).items()},
+            "model": model | {name: buffer.detach() for name, buffer in self._buffers.items()},
             "optimizer": {f"{m}.{n}": self._whole(n, self._optimizer.state[p][m]) for m, n, p in moments},
             "extra": {f"{key}.{n}": self._whole(n, t) for key, shards in extra.items() for n, t in shards.items()},
         }
@@ -189,9 +205,28 @@ class Fsdp2Engine:
         like = self._parameters[name]
         if not isinstance(like, DTensor):
             return shard
-        return DTensor.from_local(
-            shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+        mesh = self._mesh if shard.device.type == self._mesh.device_type else self._host_mesh
+        return DTensor.from_local(shard, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+    @cached_property
+    def _host_mesh(self) -> DeviceMesh:
+        """The same ranks, for shards in the host's memory: a DTensor moves what it is given to its mesh's device."""
+        return _mesh(replace(self.world, device=torch.device("cpu")), self.config.replicate)
+
+    @cached_property
+    def _base(self) -> dict[str, str]:
+        """Fingerprints of the frozen weights. Nothing ever changes them, so they are taken once."""
+        frozen = {name: p for name, p in self._parameters.items() if name not in self._masters}
+        return fingerprints({name: self._part(parameter) for name, parameter in frozen.items()}, self.world)
+
+    def _part(self, parameter: Tensor) -> Part:
+        """What this rank holds of a parameter and no other rank says it holds: of replicas, the first one's."""
+        local = _local(parameter)
+        if not isinstance(parameter, DTensor):
+            return local, 0
+        replica, rank = divmod(self.world.rank, self.world.size // self.config.replicate)
+        rows = -(-parameter.shape[0] // (self.world.size // self.config.replicate))  # as torch.chunk cuts
+        return local[: 0 if replica else None], rank * rows * math.prod(parameter.shape[1:])
 
     def _index(self, tensors: dict[str, dict[str, Tensor]], plain: dict[str, Any]) -> str:
         """What the checkpoint holds, as JSON."""
@@ -206,12 +241,10 @@ class Fsdp2Engine:
     def _contents(self) -> dict[str, Any]:
         tensors = self._parameters | self._buffers
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        return {"format": FORMAT, "shapes": shapes, "trained": list(self._masters)}
+        return {"format": FORMAT, "shapes": shapes, "trained": list(self._masters), "base": self._base}
 
     def _check(self, index: dict[str, Any], extra: dict[str, dict[str, Tensor]], directory: Path) -> None:
         own = self._contents()
-        if index.get("format") != FORMAT:
-            raise CheckpointError(f"{directory}: written as {index.get('format')!r}, this engine reads {FORMAT!r}")
         lines = _differences(index["shapes"], own["shapes"], "parameter")
         lines += _differences(dict.fromkeys(index["trained"]), dict.fromkeys(own["trained"]), "trained parameter")
         saved = {f"{key}.{name}" for key, names in index["extra_tensors"].items() for name in names}
@@ -219,6 +252,8 @@ class Fsdp2Engine:
         lines += _differences({}, dict.fromkeys(lacking), "tensor")
         if lines:
             raise CheckpointError(f"{directory} belongs to another model:\n  " + "\n  ".join(lines))
+        if changed := [name for name, value in own["base"].items() if index["base"][name] != value]:
+            raise CheckpointError(other_base(directory, changed[0]))
 
 
 class _DcpSave:
@@ -265,7 +300,18 @@ def _keep_frozen_in_bf16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _shard(model: nn.Module, mesh: Any, config: EngineConfig) -> None:
+def _mesh(world: World, replicate: int) -> DeviceMesh:
+    """Ranks in rows of neighbours that shard one copy of the model; in columns those that hold the same part of copies."""
+    if world.size % replicate:
+        fitting = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ConfigError(f"engine.replicate={replicate}: does not divide {world.size} ranks; take one of {fitting}")
+    if replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    shape = (replicate, world.size // replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, config: EngineConfig) -> None:
     """Shards each block and the rest. Gradients are summed over ranks, exactly: nothing depends on their number.
 
     Inputs are not cast: the model decides what stays fp32 (positions, sigmas).
@@ -273,14 +319,59 @@ def _shard(model: nn.Module, mesh: Any, config: EngineConfig) -> None:
     # A linear layer's output counts as a view on the CPU; nothing of ours writes into what a model returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     compute = torch.bfloat16 if config.precision is Precision.bf16 else None
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for unit in shard_units(model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": _offload_policy(mesh, config),
+    }
+    units = shard_units(model)
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=config.reshard and unit is not units[-1], **options)
+    fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if config.prefetch:
+        _gather_ahead(model, config.prefetch)
+
+
+def _offload_policy(mesh: DeviceMesh, config: EngineConfig) -> OffloadPolicy:
+    if config.offload is not Offload.all:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+
+
+def _gather_ahead(model: nn.Module, num_blocks: int) -> None:
+    """Tells each block which ones to gather while it runs.
+
+    Only blocks of one list are sure to run after each other, and only those with something to train have a backward:
+    whole weights that nothing waits for would be there still, and old, in the next step.
+    """
+    for siblings in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        blocks: list[FSDPModule] = [block for block in siblings if isinstance(block, FSDPModule)]
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + num_blocks])
+        trained: list[FSDPModule] = [
+            block
+            for block in reversed(siblings)
+            if isinstance(block, FSDPModule) and any(p.requires_grad for p in block.parameters())
+        ]
+        for i, block in enumerate(trained):
+            block.set_modules_to_backward_prefetch(trained[i + 1 : i + 1 + num_blocks])
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers are small, and no block fetches them: they are where the model runs, whatever is offloaded."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else torch.empty_like(buffer, device=device)
+
+
+def _on_host(shards: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the host's memory, pinned where a GPU copies from and to it."""
+    copies = {name: shard.to("cpu", copy=True) for name, shard in shards.items()}
+    return {name: copy.pin_memory() if shards[name].is_cuda else copy for name, copy in copies.items()}
 
 
 def _adamw(masters: dict[str, Tensor], num_dims: dict[str, int], config: EngineConfig) -> torch.optim.AdamW:
@@ -310,9 +401,10 @@ def _part(whole: Tensor | Stored, target: Tensor) -> Tensor:
     """What this rank keeps of a whole tensor. Shards are ranges of rows, which lie together in a file."""
     if not isinstance(target, DTensor):
         return whole if isinstance(whole, Tensor) else whole.read()
-    assert target.placements == (Shard(0),), f"{target.placements}: weights are cut by rows over one mesh dim"
-    rows = -(-target.shape[0] // target.device_mesh.size())  # as torch.chunk cuts them
-    start = min(target.device_mesh.get_local_rank() * rows, target.shape[0])
+    assert target.placements[-1] == Shard(0), f"{target.placements}: weights are cut by rows over the last mesh dim"
+    mesh, axis = target.device_mesh, target.device_mesh.ndim - 1
+    rows = -(-target.shape[0] // mesh.size(axis))  # as torch.chunk cuts them
+    start = min(mesh.get_local_rank(axis) * rows, target.shape[0])
     stop = start + _local(target).shape[0]
     return whole[start:stop] if isinstance(whole, Tensor) else whole.rows(start, stop)
 
@@ -326,9 +418,15 @@ def _split_extra(extra: dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], d
 def _read_index(directory: Path) -> dict[str, Any]:
     path = directory / INDEX_FILE
     try:
-        return json.loads(path.read_text())
+        index = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint index ({error})") from error
+    if index.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: written as {index.get('format')!r}, this version reads {FORMAT!r}. Start the run anew, or go on "
+            "with the version that wrote it"
+        )
+    return index
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any], what: str) -> list[str]:
@@ -340,28 +438,40 @@ def _differences(saved: dict[str, Any], own: dict[str, Any], what: str) -> list[
     return lines if len(lines) <= 10 else [*lines[:10], f"and {len(lines) - 10} more"]
 
 
-def saved_weights(directory: Path, *, averaged: str | None = None) -> Iterator[tuple[str, Tensor]]:
+def saved_weights(
+    directory: Path, *, averaged: str | None = None, initial: Iterable[tuple[str, Any]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, whole CPU tensor) of every parameter of a checkpoint, some at a time, without an engine or a process group.
 
-    `averaged`: the `extra` key of the moving average, which then stands in for the trained weights. Verify the
-    checkpoint's hashes first.
+    `averaged`: the `extra` key of the moving average, which then stands in for the trained weights. `initial`: the
+    weights that the run started from, of which the frozen ones are taken; without them those are left out. Verify the
+    checkpoint's hashes first. Raises `CheckpointError` for another base than the one it was trained beside.
     """
+    index = _read_index(directory)
+    keys = _saved_keys(index, averaged, directory)
+    part: dict[str, Tensor] = {}
+    for left, (name, entry) in zip(range(len(keys) - 1, -1, -1), keys.items(), strict=True):
+        part[name] = _empty_like_saved(entry[1])
+        if not left or sum(tensor.nbytes for tensor in part.values()) >= READ_AT_ONCE:
+            _read({keys[n][0]: tensor for n, tensor in part.items()}, directory)
+            yield from part.items()
+            part = {}
+    if initial is not None:
+        yield from verified(initial, index["base"], directory)
+
+
+def _saved_keys(index: dict[str, Any], averaged: str | None, directory: Path) -> dict[str, tuple[str, Any]]:
+    """The key in the checkpoint, and what it says of it, of every tensor that is saved."""
     import torch.distributed.checkpoint as dcp
 
-    index = _read_index(directory)
     metadata = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     trained = set(index["trained"]) if averaged else set()
-    keys = {n: f"extra.{averaged}.{n}" if n in trained else f"model.{n}" for n in index["shapes"]}
+    names = [name for name in index["shapes"] if name not in index["base"]]
+    keys = {n: f"extra.{averaged}.{n}" if n in trained else f"model.{n}" for n in names}
     if missing := [key for key in keys.values() if key not in metadata]:
         found = list(index["extra_tensors"]) or "none"
         raise CheckpointError(f"{directory} holds no {missing[0]}; its averages: {found}")
-    part: dict[str, Tensor] = {}
-    for left, name in zip(range(len(keys) - 1, -1, -1), keys, strict=True):
-        part[name] = _empty_like_saved(metadata[keys[name]])
-        if not left or sum(tensor.nbytes for tensor in part.values()) >= READ_AT_ONCE:
-            _read({keys[n]: tensor for n, tensor in part.items()}, directory)
-            yield from part.items()
-            part = {}
+    return {name: (key, metadata[key]) for name, key in keys.items()}
 
 
 def _empty_like_saved(entry: Any) -> Tensor:

@@ -1,13 +1,14 @@
 """The blocks of a model: what is gathered, recomputed and compiled as one."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ltx2_train.distributed.engine import EngineConfig, Recompute
+from ltx2_train.distributed.engine import EngineConfig
+from ltx2_train.distributed.recompute import apply_recompute
+
+COMPILED_SHAPES = 256
 
 
 def shard_units(model: nn.Module) -> list[nn.Module]:
@@ -30,23 +31,18 @@ def prepare_units(units: list[nn.Module], config: EngineConfig) -> None:
     The forward itself is replaced, not the module, so that sharding's hooks (gather before, free after) lie outside of
     what is compiled and recomputed. Compiled code lies inside recomputation.
     """
-    for i, unit in enumerate(units):
-        if config.compile:
-            unit.forward = torch.compile(unit.forward)
-        if _recomputes(i, config):
-            unit.forward = _recomputed(unit.forward)
+    if config.compile:
+        _compile(units)
+    apply_recompute(units, config)
 
 
-def _recomputes(index: int, config: EngineConfig) -> bool:
-    if config.recompute is Recompute.every_n:
-        return index % config.recompute_every == 0
-    return config.recompute is Recompute.full
+def _compile(units: list[nn.Module]) -> None:
+    """Compiles every block for each shape that it meets: buckets are few, and code for shapes that vary can fail.
 
+    More than so many shapes are an error; otherwise all further ones would run uncompiled with no more than a warning.
+    """
+    import torch._dynamo.config as dynamo
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
+    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = COMPILED_SHAPES, True
+    for unit in units:
+        unit.forward = torch.compile(unit.forward, dynamic=False)

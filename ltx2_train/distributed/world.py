@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltx2_train.errors import Ltx2Error
+from ltx2_train.errors import ConfigError, Ltx2Error
 
 T = TypeVar("T")
+TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,40 @@ class World:
     size: int
     local_rank: int  # place on this machine: the number of its GPU
     device: torch.device
+    sequence: int = 1  # ranks that share the tokens of each sample; consecutive ones form a group
+    sequence_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Place among the groups that get samples of their own; without sequence parallel, the rank."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        """How many groups get samples of their own."""
+        return self.size // self.sequence
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether the samples that this rank sees are counted here: in each group, by the first rank alone."""
+        return self.rank % self.sequence == 0
+
+    def sharing_samples(self, sequence: int, timeout_seconds: float = TIMEOUT_SECONDS) -> "World":
+        """This world with groups of `sequence` consecutive ranks. Raises `ConfigError` where they do not come out even."""
+        if sequence < 1 or self.size % sequence:
+            raise ConfigError(
+                f"engine.sequence={sequence}: {self.size} processes do not fall into groups of {sequence}. "
+                f"Set engine.sequence to a divisor of {self.size}, or start a multiple of {sequence} processes"
+            )
+        if sequence == 1:
+            return self
+        group, _ = dist.new_subgroups(group_size=sequence, timeout=timedelta(seconds=timeout_seconds))
+        return replace(self, sequence=sequence, sequence_group=group)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, the same bits on all of them, on the tensor's device; the host does not wait for it."""
@@ -38,12 +68,25 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def data_sum(self, tensor: Tensor) -> Tensor:
+        """As `all_sum`, for what follows from samples: of the ranks that share them, one counts."""
+        return self.all_sum(tensor if self.counts_samples else torch.zeros_like(tensor))
+
     def broadcast_object(self, value: T) -> T:
         """Rank 0's value, pickled to the others."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def broadcast_in_sequence(self, value: T) -> T:
+        """The value of the first rank of this rank's group, pickled to the others of the group."""
+        if self.sequence == 1:
+            return value
+        box = [value]
+        first = self.rank - self.rank % self.sequence
+        dist.broadcast_object_list(box, src=first, group=self.sequence_group, device=torch.device("cpu"))
         return box[0]
 
     def gather_objects(self, value: T) -> list[T]:
@@ -95,7 +138,7 @@ def _told(error: Exception | None) -> tuple[type[Ltx2Error], str] | None:
     return Ltx2Error, f"{type(error).__name__}: {error}"
 
 
-def init_world(timeout_seconds: float = 1800) -> World:
+def init_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
     """Joins the process group that torchrun's environment describes; without one, a group of this process alone.
 
     Called again it describes the group that is there. `timeout_seconds`: how long a collective may hang.

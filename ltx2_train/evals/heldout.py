@@ -29,7 +29,13 @@ class WorldLike(Protocol):
     def rank(self) -> int: ...
 
     @property
-    def size(self) -> int: ...
+    def data_rank(self) -> int: ...
+
+    @property
+    def data_size(self) -> int: ...
+
+    @property
+    def counts_samples(self) -> bool: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -180,9 +186,13 @@ def by_bucket(indices: Sequence[int], bucket_of: Callable[[int], Bucket], size: 
 
 
 def share(groups: Sequence[list[int]], world: WorldLike) -> list[tuple[list[int], bool]]:
-    """This rank's group of every turn, and whether it counts: all ranks have as many, some repeat the first."""
-    places = range(world.rank, math.ceil(len(groups) / world.size) * world.size, world.size)
-    return [(groups[place], True) if place < len(groups) else (groups[0], False) for place in places]
+    """This rank's group of every turn, and whether it counts: all ranks have as many, some repeat the first.
+
+    Ranks that share samples take the same groups, which count for one of them.
+    """
+    places = range(world.data_rank, math.ceil(len(groups) / world.data_size) * world.data_size, world.data_size)
+    counts = world.counts_samples
+    return [(groups[place], counts) if place < len(groups) else (groups[0], False) for place in places]
 
 
 def heldout_path(directory: Path, step: int) -> Path:

@@ -1,5 +1,6 @@
 """Multi-head attention with whole-width query/key norms, rotary positions and per-head output gates."""
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
@@ -18,6 +19,15 @@ class Skip(Enum):
 Keep = Tensor | Skip | None  # (B, 1, 1) of 0 / 1 per sample, the whole batch skipped, or nothing perturbed
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention of queries (B, T, N, K) to keys and values (B, S, N, K), with an additive bias: (B, T, N, K)."""
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+
+
 class RmsNormWeight(nn.Module):
     """The affine weight of a query or key norm; the arithmetic is in `norm_rotate`."""
 
@@ -34,6 +44,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.eps = heads, eps
+        self.attend: Attend = attend  # another one stands here where tokens lie on several devices
         self.q_norm = RmsNormWeight(inner_dim)
         self.k_norm = RmsNormWeight(inner_dim)
         self.to_q = nn.Linear(query_dim, inner_dim)
@@ -81,8 +92,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         query = norm_rotate(self.to_q(x), self.q_norm.weight, rope, self.heads, self.eps)
         key = norm_rotate(self.to_k(source), self.k_norm.weight, context_rope, self.heads, self.eps)
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+        return self.attend(query, key, value, bias)
 
 
 class Up(nn.Module):

@@ -64,7 +64,7 @@ def build_rope(positions: Tensor, spec: RopeSpec, dtype: torch.dtype) -> Rope:
         phases = phases.repeat_interleave(2, dim=-1)
     missing = (spec.width if spec.rope_type is RopeType.INTERLEAVED else spec.width // 2) - phases.shape[-1]
     phases = torch.nn.functional.pad(phases, (missing, 0))  # cos 0 = 1, sin 0 = 0
-    shape = (*phases.shape[:2], spec.heads, -1)
+    shape = (*phases.shape[:2], spec.heads, phases.shape[-1] // spec.heads)  # -1 fails where there are no tokens
     cos, sin = phases.cos().to(dtype).view(shape), phases.sin().to(dtype).view(shape)
     return Rope(cos, sin, spec.rope_type is RopeType.INTERLEAVED)
 

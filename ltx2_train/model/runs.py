@@ -36,11 +36,11 @@ class RunsCache:
 
 
 def _shared_runs(index: Tensor) -> Runs | None:
-    """The runs that all samples of (B or 1, T) share, or None where samples differ or there are too many."""
+    """The runs that all samples of (B or 1, T) share, or None where samples differ, or there are none or too many."""
     if not bool((index == index[:1]).all()):
         return None
     values, lengths = torch.unique_consecutive(index[0], return_counts=True)
-    if len(values) > MAX_RUNS:
+    if not 0 < len(values) <= MAX_RUNS:
         return None
     stops = lengths.cumsum(0).tolist()
     return tuple(zip([0, *stops[:-1]], stops, values.tolist(), strict=True))

@@ -15,6 +15,19 @@ class ThreadWorld:
     size: int
     values: list[Any]
     barrier: threading.Barrier
+    sequence: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.sequence
+
+    @property
+    def counts_samples(self) -> bool:
+        return self.rank % self.sequence == 0
 
     @property
     def device(self) -> torch.device:
@@ -31,12 +44,12 @@ class ThreadWorld:
         return torch.stack(self.gather_objects(tensor)).sum(dim=0)
 
 
-def on_ranks(size: int, function: Callable[[ThreadWorld], Any]) -> list[Any]:
-    """What `function` gives on each of `size` ranks that run side by side."""
+def on_ranks(size: int, function: Callable[[ThreadWorld], Any], *, sequence: int = 1) -> list[Any]:
+    """What `function` gives on each of `size` ranks that run side by side; `sequence` of them share samples."""
     barrier, values, results = threading.Barrier(size, timeout=60), [None] * size, [None] * size
 
     def run(rank: int) -> None:
-        results[rank] = function(ThreadWorld(rank, size, values, barrier))
+        results[rank] = function(ThreadWorld(rank, size, values, barrier, sequence))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:

@@ -207,6 +207,20 @@ class Checkpointer:
         logger.info("going on from %s (step %d)", chosen, step)
         return Restored(step, chosen, state)
 
+    def last_before(self, step: int) -> Path | None:
+        """The newest good checkpoint of a step below `step`, which has shown that training goes on from it; if there is
+        none, that of `step` itself. None where there is neither.
+        """
+        found = complete_checkpoints(self.run_dir) if self.world.is_main else []
+        found = self.world.broadcast_object([d for d in found if _step_of(d) <= step])
+        older = [directory for directory in found if _step_of(directory) < step]
+        for candidate in [*older, *(d for d in found if d not in older)]:
+            damage = self._damage(candidate)
+            if not damage:
+                return candidate
+            logger.error("DAMAGED CHECKPOINT: %s", damage)
+        return None
+
     def _first_good(self) -> Path | None:
         listing = (_step_directories(self.root), complete_checkpoints(self.run_dir)) if self.world.is_main else ([], [])
         found, candidates = self.world.broadcast_object(listing)

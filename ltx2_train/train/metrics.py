@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,18 +14,26 @@ from ltx2_train.distributed.world import World
 
 SIGMA_BINS = 10
 _SUMS = ("samples", "tokens", "flops", "bad_records", "seconds")  # added up over micro-batches and ranks
-_PER_RANK = ("data_seconds", "peak_memory_gb")  # one slot per rank, so that the slowest and the fullest can be told
+_PER_RANK = (
+    "step_seconds",
+    "data_seconds",
+    "peak_memory_gb",
+)  # one slot per rank: the slowest and the fullest are told
+STRAGGLES = 1.2  # step time of the slowest rank over the median from which it is named
+STALLS = 0.1  # share of its step time that a rank waits for data from which it is named
+NOTICED = 0.05  # s per step from which it is worth a line
 
 
 class Metrics:
     """Collects one window of steps; `flush` gives its record and opens the next.
 
     Losses are means over all samples of the window on all ranks, per modality and per tenth of the sigma range. A
-    stream that is given or missing has weight 0 and is in no bin.
+    stream that is given or missing has weight 0 and is in no bin. Of ranks that share samples, one counts them.
     """
 
     def __init__(self, world: World, device: torch.device | str = "cpu", peak_flops: float | None = None):
         self.world, self.device, self.peak_flops = world, device, peak_flops
+        self.lag: list[dict[str, Any]] = []  # events of the last window: ranks that hold the others up
         self._open()
 
     def _open(self) -> None:
@@ -39,11 +48,15 @@ class Metrics:
     def record_losses(self, losses: Losses) -> None:
         """Adds the samples of one micro-batch. Stays on the device."""
         self.weights = (losses.weight_video, losses.weight_audio)
+        if not self.world.counts_samples:
+            return
         self.bins[0] += _binned(losses.video, losses.has_video, losses.sigma_video)
         self.bins[1] += _binned(losses.audio, losses.has_audio, losses.sigma_audio)
 
     def record_batch(self, batch: Batch, flops: float = 0.0) -> None:
         """Counts the samples, tokens and bad records of one micro-batch."""
+        if not self.world.counts_samples:
+            return
         self.sums["samples"] += len(batch)
         self.sums["tokens"] += len(batch) * batch.bucket.tokens
         self.sums["bad_records"] += len(batch.errors)
@@ -53,6 +66,7 @@ class Metrics:
         """Closes one step: its times, and values of which the last stands for the window (`grad_norm`, `lr`)."""
         self.steps += 1
         self.sums["seconds"] += seconds
+        self.per_rank["step_seconds"] += seconds
         self.per_rank["data_seconds"] += data_seconds
         self.latest |= latest
 
@@ -61,6 +75,7 @@ class Metrics:
         self.per_rank["peak_memory_gb"] = peak_memory_gb(self.device)
         bins, sums, per_rank = self._reduce()
         record = self._losses(bins) | self.latest | self._speed(sums, per_rank)
+        self.lag = lag(per_rank["step_seconds"], per_rank["data_seconds"], max(self.steps, 1))
         self._open()
         return record
 
@@ -98,6 +113,26 @@ class Metrics:
         if self.peak_flops is not None:
             speed["mfu"] = sums["flops"] * rate / (self.peak_flops * self.world.size)
         return speed
+
+
+def lag(step_seconds: list[float], data_seconds: list[float], steps: int = 1) -> list[dict[str, Any]]:
+    """Events for what is out of bounds in a window of steps: a rank slower than the others, a rank that waits for data.
+
+    Seconds per rank, of the whole window. Ranks wait for each other in every step, so that a slow device shows in the step
+    times of all; what a rank does alone, such as reading, shows in its own.
+    """
+    events: list[dict[str, Any]] = []
+    slowest, waiting = (seconds.index(max(seconds)) for seconds in (step_seconds, data_seconds))
+    behind = step_seconds[slowest] - median(step_seconds)
+    if behind > max((STRAGGLES - 1) * median(step_seconds), NOTICED * steps):
+        times = {"step_seconds": step_seconds[slowest] / steps, "median_seconds": median(step_seconds) / steps}
+        events.append({"event": "straggler", "rank": slowest, **times})
+    if data_seconds[waiting] > max(STALLS * step_seconds[waiting], NOTICED * steps):
+        share = data_seconds[waiting] / step_seconds[waiting]
+        events.append(
+            {"event": "data_stall", "rank": waiting, "data_seconds": data_seconds[waiting] / steps, "share": share}
+        )
+    return events
 
 
 def peak_memory_gb(device: torch.device | str) -> float:

@@ -1,11 +1,12 @@
 """What a run remembers between steps, and how it is told whether a checkpoint belongs to it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ltx2_train.errors import CheckpointError
+from ltx2_train.train.faults import BadUpdate
 
 # Settings that do not change what is computed, or that stand for something else. All others define the run.
 FREE_SETTINGS = (
@@ -18,7 +19,12 @@ FREE_SETTINGS = (
     "data.datasets.*.path",  # a dataset is known by its content
     "data.skip*",  # carried on by the state
     "data.plan.split",
+    "engine.backend",  # how the model is spread out: the same course, up to the order of sums
+    "engine.replicate",
+    "engine.sequence",
     "engine.reshard",
+    "engine.prefetch",
+    "engine.offload",
     "engine.recompute*",
     "engine.compile",
 )
@@ -35,13 +41,35 @@ class TrainState:
     """Training time so far, over all resumptions."""
     skipped: tuple[str, ...] = ()
     """Keys of samples that a rollback took out of the run: an input of the plan."""
+    rollbacks: int = 0
+    """Rollbacks so far."""
+    bad: tuple[BadUpdate, ...] = ()
+    """The bad updates since the last one that was applied."""
+    losses: tuple[float, ...] = ()
+    """Losses of the last applied updates, where a bound on the loss follows from them."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"skipped": list(self.skipped)}
+        bad = [update.to_dict() for update in self.bad]
+        return asdict(self) | {"skipped": list(self.skipped), "bad": bad, "losses": list(self.losses)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":
-        return cls(**{**values, "skipped": tuple(values["skipped"])})
+        bad = tuple(BadUpdate.from_dict(update) for update in values.get("bad", ()))
+        lists = {name: tuple(values.get(name, ())) for name in ("skipped", "losses")}
+        return cls(**{**values, **lists, "bad": bad})
+
+    def applied(self, loss: float, window: int) -> "TrainState":
+        """The state after an update that was applied. `window`: losses that are remembered."""
+        losses = (*self.losses, loss)[-window:] if window else ()
+        return replace(self, step=self.step + 1, bad=(), losses=losses)
+
+    def refused(self, update: BadUpdate) -> "TrainState":
+        """The state after an update that was not applied: its step has gone by."""
+        return replace(self, step=self.step + 1, bad=(*self.bad, update))
+
+    def rolled_back(self, keys: Iterable[str]) -> "TrainState":
+        """The state of a checkpoint that a run has gone back to, without these samples from here on."""
+        return replace(self, skipped=tuple(sorted({*self.skipped, *keys})), rollbacks=self.rollbacks + 1, bad=())
 
     def after(self, *, steps: int = 0, samples: int = 0, tokens: int = 0, seconds: float = 0.0) -> "TrainState":
         """The state with this much more done."""

@@ -1,10 +1,18 @@
-"""What a step costs in floating-point operations, and what share of the device's peak that is."""
+"""What a step costs in floating-point operations, and what share of the device's peak that is.
+
+Counted are the matrix products, product by product: forward once, the gradient of its input where something trained lies
+before it, the gradient of its weight where that is trained, and for products of two activations both gradients. Which
+engine runs them, and on how many ranks, makes no difference.
+"""
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ltx2_train.batch import Batch
+from ltx2_train.distributed.engine import EngineConfig, Recompute
 from ltx2_train.model.config import TransformerConfig
+from ltx2_train.model.lora import LoraConfig
 
 # Dense bf16 peak in FLOP per second, from the makers' data sheets, by what `torch.cuda.get_device_name` says.
 _PEAKS: tuple[tuple[str, float], ...] = (
@@ -22,7 +30,10 @@ _SINUSOID = 256  # width of the timestep embedding before its MLP
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sizes of one micro-batch as the transformer sees it: samples, and per sample video, audio and text tokens."""
+    """Sizes of one micro-batch as the transformer sees it: samples, and per sample video, audio and text tokens.
+
+    No tokens at all means that the model is built without that stream.
+    """
 
     samples: int
     video: int
@@ -31,14 +42,43 @@ class Load:
     timesteps: int = 1  # distinct sigmas per sample and stream that AdaLN embeds
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Rows times a weight, and whether a gradient goes on to the rows and into the weight."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    fed: bool = True
+    trained: bool = True
+
+    @property
+    def forward(self) -> float:
+        """Multiply-adds."""
+        return float(self.rows * self.inputs * self.outputs)
+
+    @property
+    def backward(self) -> float:
+        return self.forward * (self.fed + self.trained)
+
+    def adapter(self, rank: int) -> "tuple[Product, Product]":
+        """The two products of a low-rank adapter beside this one."""
+        return Product(self.rows, self.inputs, rank, fed=self.fed), Product(self.rows, rank, self.outputs)
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP per second of a named GPU; None for one that the table does not know (no guess)."""
     return next((peak for pattern, peak in _PEAKS if re.search(pattern, device_name)), None)
 
 
-def batch_load(batch: Batch, text_tokens: int) -> Load:
-    """The sizes of a micro-batch; `text_tokens` rows of context. A modality that it lacks runs as one token."""
-    return Load(len(batch), batch.video[0, 0].numel(), batch.audio.shape[2], text_tokens)
+def batch_load(batch: Batch, text_tokens: int, streams: Collection[str] = ("video", "audio")) -> Load:
+    """The sizes of a micro-batch; `text_tokens` rows of context, and the streams that the model is built with.
+
+    A modality that the batch lacks runs as one token.
+    """
+    video = batch.video[0, 0].numel() if "video" in streams else 0
+    audio = batch.audio.shape[2] if "audio" in streams else 0
+    return Load(len(batch), video, audio, text_tokens)
 
 
 def forward_flops(config: TransformerConfig, load: Load) -> float:
@@ -46,25 +86,86 @@ def forward_flops(config: TransformerConfig, load: Load) -> float:
 
     Twice the multiply-adds of all matrix products; element-wise work is not counted.
     """
-    blocks = config.num_layers * (_linear(config, load) + _attention(config, load))
-    return 2.0 * load.samples * (blocks + _head(config, load))
+    products = sum(product.forward for product in _products(config, load, None))
+    return 2.0 * load.samples * (products + config.num_layers * _attention(config, load))
 
 
-def training_flops(config: TransformerConfig, load: Load, *, frozen_base: bool = False) -> float:
-    """FLOPs of forward and backward: three times the forward, twice when the base weights have no gradient (LoRA).
+def training_flops(
+    config: TransformerConfig, load: Load, *, lora: LoraConfig | None = None, connectors_trained: bool = True
+) -> float:
+    """FLOPs that one forward and backward need: the model FLOPs of MFU.
 
-    The recomputation of activation checkpointing is not counted, so MFU falls when it is on.
+    `lora`: the base is frozen, and only what lies behind the first adapter has a backward. What recomputation runs
+    again is not counted, so MFU falls when it is on; see `recomputed_flops`. Other frozen parameters count as trained.
     """
-    return forward_flops(config, load) * (2.0 if frozen_base else 3.0)
+    products = _products(config, load, lora, connectors_trained=connectors_trained)
+    total = sum(product.forward + product.backward for product in products)
+    return 2.0 * load.samples * (total + 3 * config.num_layers * _attention(config, load))
 
 
-def _linear(config: TransformerConfig, load: Load) -> float:
-    """Multiply-adds of one block's projections, feed-forwards and gates, for one sample."""
-    dv, da = config.video_width, config.audio_width
-    gates = 3 * config.num_attention_heads * config.apply_gated_attention
-    video = load.video * (14 * dv * dv + 4 * dv * da + gates * dv)
-    audio = load.audio * (18 * da * da + gates * da)
-    return video + audio + load.text * (2 * dv * dv + 2 * da * da)
+def recomputed_flops(
+    config: TransformerConfig, load: Load, engine: EngineConfig, *, lora: LoraConfig | None = None
+) -> float | None:
+    """FLOPs that backward runs again, which HFU counts beside `training_flops`. None: known only while it runs (budget)."""
+    if engine.recompute is Recompute.budget:
+        return None
+    every = engine.recompute_every if engine.recompute is Recompute.every_n else 1
+    blocks = range(0, config.num_layers, every) if engine.recompute is not Recompute.none else range(0)
+    products = sum(product.forward for i in blocks for product in _block(config, load, i, lora))
+    attention = 0.0 if engine.recompute is Recompute.selective else len(blocks) * _attention(config, load)
+    return 2.0 * load.samples * (products + attention)
+
+
+def _products(
+    config: TransformerConfig, load: Load, lora: LoraConfig | None, *, connectors_trained: bool = True
+) -> Iterator[Product]:
+    """Every product of rows with a weight, for one sample."""
+    for i in range(config.num_layers):
+        yield from _block(config, load, i, lora)
+    yield from _head(config, load, lora, connectors_trained)
+
+
+def _block(config: TransformerConfig, load: Load, index: int, lora: LoraConfig | None) -> Iterator[Product]:
+    """One block's products, with their adapters.
+
+    Beside a frozen base no gradient goes on to the text, nor to the input of the first block.
+    """
+    path = f"transformer.transformer_blocks.{index}."
+    patterns = [] if lora is None else [re.compile(pattern) for pattern in lora.targets]
+    for name, rows, inputs, outputs in _layers(config, load):
+        text = re.search(r"attn2\.to_[kv]$", name)
+        first = index == 0 and re.search(r"attn1\.to_(q|k|v|gate_logits)$", name)
+        product = Product(rows, inputs, outputs, fed=lora is None or not (text or first), trained=lora is None)
+        yield product
+        if lora is not None and any(pattern.fullmatch(path + name) for pattern in patterns):
+            yield from product.adapter(lora.rank)
+
+
+def _layers(config: TransformerConfig, load: Load) -> Iterator[tuple[str, int, int, int]]:
+    """(name, rows, inputs, outputs) of one block's linear layers, for one sample."""
+    dv, da, nv, na = config.video_width, config.audio_width, load.video, load.audio
+    for prefix, rows, width in (("", nv, dv), ("audio_", na, da)):
+        if not rows:
+            continue
+        yield from _attention_layers(f"{prefix}attn1", config, (rows, width), (rows, width), width)
+        yield from _attention_layers(f"{prefix}attn2", config, (rows, width), (load.text, width), width)
+        yield f"{prefix}ff.net.0.proj", rows, width, 4 * width
+        yield f"{prefix}ff.net.2", rows, 4 * width, width
+    if nv and na:
+        yield from _attention_layers("audio_to_video_attn", config, (nv, dv), (na, da), da)
+        yield from _attention_layers("video_to_audio_attn", config, (na, da), (nv, dv), da)
+
+
+def _attention_layers(
+    name: str, config: TransformerConfig, query: tuple[int, int], context: tuple[int, int], inner: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """The linear layers of an attention; query and context are (rows, width)."""
+    yield f"{name}.to_q", *query, inner
+    yield f"{name}.to_k", *context, inner
+    yield f"{name}.to_v", *context, inner
+    yield f"{name}.to_out.0", query[0], inner, query[1]
+    if config.apply_gated_attention:
+        yield f"{name}.to_gate_logits", *query, config.num_attention_heads
 
 
 def _attention(config: TransformerConfig, load: Load) -> float:
@@ -72,29 +173,37 @@ def _attention(config: TransformerConfig, load: Load) -> float:
     dv, da, nv, na = config.video_width, config.audio_width, load.video, load.audio
     own = 2 * nv * nv * dv + 2 * na * na * da
     text = 2 * load.text * (nv * dv + na * da)
-    return own + text + 4 * nv * na * da
+    return float(own + text + 4 * nv * na * da)
 
 
-def _head(config: TransformerConfig, load: Load) -> float:
-    """Multiply-adds outside the blocks: token and output projections, AdaLN, text modulation, caption projections."""
-    dv, da = config.video_width, config.audio_width
-    tokens = load.video * (config.in_channels + config.out_channels) * dv
-    tokens += load.audio * (config.audio_in_channels + config.audio_out_channels) * da
-    modulation = sum(
-        load.timesteps * (_adaln(width, config.adaln_rows) + _adaln(width, 4))
-        + _adaln(width, 1)  # the audio-video gate
-        + config.has_prompt_adaln * _adaln(width, 2)
-        for width in (dv, da)
+def _head(
+    config: TransformerConfig, load: Load, lora: LoraConfig | None, connectors_trained: bool
+) -> Iterator[Product]:
+    """Outside the blocks: token and output projections, AdaLN, text modulation, caption projections."""
+    trained = lora is None
+    streams = (
+        (load.video, config.video_width, config.in_channels, config.out_channels),
+        (load.audio, config.audio_width, config.audio_in_channels, config.audio_out_channels),
     )
-    return tokens + modulation + _captions(config, load)
+    for rows, width, in_channels, out_channels in streams:
+        if not rows:
+            continue
+        yield Product(rows, in_channels, width, fed=False, trained=trained)
+        yield Product(rows, width, out_channels, trained=trained)
+        yield from _adaln(load.timesteps, width, config.adaln_rows, trained)
+        if load.video and load.audio:  # the exchange and its gate
+            yield from _adaln(load.timesteps, width, 4, trained)
+            yield from _adaln(1, width, 1, trained)
+        if config.has_prompt_adaln:
+            yield from _adaln(1, width, 2, trained)
+        if not config.caption_proj_before_connector:
+            channels = config.caption_channels or 0
+            yield Product(load.text, channels, width, fed=trained and connectors_trained, trained=trained)
+            yield Product(load.text, width, width, fed=trained, trained=trained)
 
 
-def _captions(config: TransformerConfig, load: Load) -> float:
-    if config.caption_proj_before_connector:
-        return 0.0
-    channels = config.caption_channels or 0
-    return load.text * sum(channels * width + width * width for width in (config.video_width, config.audio_width))
-
-
-def _adaln(width: int, rows: int) -> float:
-    return _SINUSOID * width + (1 + rows) * width * width
+def _adaln(rows: int, width: int, modulations: int, trained: bool) -> Iterator[Product]:
+    """The timestep's embedding and its modulation rows. Nothing before them has a gradient."""
+    yield Product(rows, _SINUSOID, width, fed=False, trained=trained)
+    yield Product(rows, width, width, fed=trained, trained=trained)
+    yield Product(rows, width, modulations * width, fed=trained, trained=trained)

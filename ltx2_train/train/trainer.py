@@ -23,6 +23,7 @@ from ltx2_train.errors import ConfigError, Ltx2Error, NonFiniteError
 from ltx2_train.rng import BatchRng
 from ltx2_train.train.checkpoint import Checkpointer, Saved
 from ltx2_train.train.ema import Ema
+from ltx2_train.train.faults import BadUpdate, FaultsConfig, Reason, Rollback, told
 from ltx2_train.train.metrics import Metrics
 from ltx2_train.train.sinks import Sink
 from ltx2_train.train.state import TrainState
@@ -60,6 +61,12 @@ class TrainConfig:
     resume: str = "auto"
     """auto: go on from the newest complete checkpoint in run_dir, if there is one; never: start at step 0 in an empty
     run_dir; a path: go on from that checkpoint."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """What is done about updates that are not finite, too large or too far off."""
+    hang_seconds: float = 1200.0
+    """Longest time that a rank may spend in a micro-batch, an update or a wait for data. Then the run is taken to hang: it
+    says where every rank is and ends with code 70, so that a launcher starts it again. Compiling falls into the first
+    micro-batch. 0: for ever."""
 
     def __post_init__(self) -> None:
         least_values = {
@@ -73,6 +80,8 @@ class TrainConfig:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be {least} or more")
+        if not self.hang_seconds >= 0:
+            raise ConfigError(f"train.hang_seconds={self.hang_seconds}: must be above 0, or 0 for no limit")
         if not self.resume:
             raise ConfigError("train.resume is empty: auto, never or the path of a checkpoint")
 
@@ -80,6 +89,7 @@ class TrainConfig:
 class Outcome(StrEnum):
     DONE = "done"
     STOPPED = "stopped"  # by a signal, after saving
+    ROLLED_BACK = "rolled back"  # `Trainer.rollback` says where to; a trainer built from there goes on
 
 
 Evaluator = Callable[[Callable[..., Any], int], dict[str, Any]]  # (model, step) -> an event's fields; all ranks call it
@@ -111,40 +121,58 @@ class Trainer:
     """The run's configuration as plain values, kept in every checkpoint."""
     flops: Callable[[Batch], float] = lambda batch: 0.0
     """Floating-point operations of training on one micro-batch."""
+    rolled_back: Rollback | None = None
+    """The rollback that this trainer goes on from."""
+    position: Callable[[str], None] = lambda where: None
+    """Told where in a step this rank is; told an empty string where it may take any time."""
+    rollback: Rollback | None = field(default=None, init=False)
+    """Where to go back to, after `Outcome.ROLLED_BACK`."""
 
     def __post_init__(self) -> None:
         self._started = time.perf_counter() - self.state.seconds
         self._bad_records: list[str] = []
+        self._warm = False  # readers start and kernels are compiled in the first window: its times say nothing
 
     def run(self) -> Outcome:
-        """Trains to `max_steps` or to a signal, and leaves a complete checkpoint.
+        """Trains to `max_steps`, to a signal or to a rollback, and leaves a complete checkpoint.
 
-        Raises `NonFiniteError` naming the samples if a loss or gradient is not finite; nothing of the step is applied.
-        Whatever ends the run, a checkpoint that is being written is completed.
+        Raises `NonFiniteError` naming the samples of bad updates where another rollback is not allowed; nothing of them is
+        applied. Whatever ends the run, a checkpoint that is being written is completed.
         """
         with _Signals() as signals:
             try:
+                if self.rolled_back is not None:
+                    self._record_rollback(self.rolled_back)
                 self._run_steps(signals)
                 self._report_saved(self.checkpoints.wait())
             except Exception:  # the other ranks may know nothing of it: nothing is asked of them
                 self._report_saved(self.checkpoints.settle())
                 raise
+            finally:
+                self.position("")
+        if self.rollback is not None:
+            return Outcome.ROLLED_BACK
         return Outcome.DONE if self.finished else Outcome.STOPPED
 
     @property
     def finished(self) -> bool:
         """Whether the last step is done, and what is to be evaluated after it."""
-        return self.state.step >= self.config.max_steps and not self._owed()
+        return self.state.step >= self.config.max_steps and not self._owed() and not self._must_go_back()
 
     def _run_steps(self, signals: "_Signals") -> None:
         config, batches = self.config, iter(self.batches)
         if self._owed():
             self.evaluate()
         stop = self._told_to_stop(signals)
-        while self.state.step < config.max_steps and not stop:
+        while not stop and (self._must_go_back() or self.state.step < config.max_steps):
+            if self._must_go_back():
+                self.rollback = self._go_back()
+                return
             self.train_step(batches)
             stop = self._told_to_stop(signals)
-            save, evaluate = stop or self._due(config.save_every), bool(self._owed()) and not stop
+            if self._must_go_back() and not stop:
+                continue
+            save, evaluate = stop or self._save_due(), bool(self._owed()) and not stop
             if save or evaluate or self._due(config.log_every) or self.state.step == 1:
                 self.log()
             if save:
@@ -158,37 +186,48 @@ class Trainer:
     def train_step(self, batches: Iterator[Sequence[Batch]]) -> None:
         """One optimizer update over the micro-batches that the plan gives this rank."""
         step, begin = self.state.step, time.perf_counter()
+        self.position(f"step {step + 1}, waiting for data")
         micro_batches = [batch.to(self.world.device) for batch in next(batches)]
         data_seconds = time.perf_counter() - begin
         rngs = [BatchRng(self.seed, step, batch.positions) for batch in micro_batches]
         counts = self._counts(micro_batches, rngs)
-        values = []
+        values, shares, bound = [], [], self.config.faults.highest_loss(self.state.losses)
         for i, (batch, rng) in enumerate(zip(micro_batches, rngs, strict=True)):
+            self.position(f"step {step + 1}, micro-batch {i + 1} of {len(micro_batches)}, {_spelled(batch)}")
+            last = i == len(micro_batches) - 1
             losses = self.objective(self.engine.model, batch, rng)
-            self.engine.backward(spread_non_finite(losses.total(counts)), last=i == len(micro_batches) - 1)
+            share = losses.total(counts)
+            shares.append(share.detach())
+            share = share * self._factor_below(bound, shares) if last else share
+            self.engine.backward(spread_non_finite(share), last=last)
             self.metrics.record_losses(losses)
             self._record_batch(batch)
             values.append((losses.video.detach(), losses.audio.detach()))
         lr = self.learning_rate(step)
+        self.position(f"step {step + 1}, update")
         result = self.engine.step(lr=lr)
-        self._check_applied(result, micro_batches, values)
+        self.state = self._judged(result, bound, shares, micro_batches, values)
         if self.ema is not None:
             self.ema.update(self.engine.shards())
         seconds = time.perf_counter() - begin
         self.metrics.record_step(seconds=seconds, data_seconds=data_seconds, grad_norm=result.norm, lr=lr)
-        self.state = self.state.after(steps=1)
 
     def log(self) -> None:
         """One record of the steps since the last one."""
+        self.position(f"after step {self.state.step}, log")
         record = self.metrics.flush()
         self.state = self.state.after(samples=record["samples"], tokens=record["tokens"])
         self._emit(record)
+        for event in self.metrics.lag if self._warm else []:
+            self._emit(event)
+        self._warm = True
         if record["bad_records"]:
             self._report_bad_records()
         self._report_saved(self.checkpoints.poll())
 
     def save(self) -> None:
         """A checkpoint of this step, written while training goes on."""
+        self.position("")
         self.state = self.state.after(seconds=self._elapsed() - self.state.seconds)
         self._report_saved(self.checkpoints.wait())
         average = self.ema.state() if self.ema is not None else {}
@@ -202,6 +241,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Runs the evaluations owed at this step on the averaged weights."""
+        self.position("")
         self._report_saved(self.checkpoints.wait())  # complete first: nothing that happens here can cost it
         average = self.engine.swapped(self.ema.weights()) if self.ema is not None else contextlib.nullcontext()
         with average, torch.no_grad():
@@ -231,7 +271,7 @@ class Trainer:
     def _counts(self, micro_batches: Sequence[Batch], rngs: Sequence[BatchRng]) -> Tensor:
         """(2,) samples of the whole step, on all ranks, that have a video and an audio loss."""
         counts = [self.objective.counts(batch, rng) for batch, rng in zip(micro_batches, rngs, strict=True)]
-        return self.world.all_sum(torch.stack(counts).sum(dim=0).to(self.world.device))
+        return self.world.data_sum(torch.stack(counts).sum(dim=0).to(self.world.device))
 
     def _record_batch(self, batch: Batch) -> None:
         self.metrics.record_batch(batch, self.flops(batch))
@@ -245,46 +285,94 @@ class Trainer:
             self._emit({"event": "bad_record", "message": message})
         self._bad_records = []
         if self.records is not None:
-            self.records.check(self.world.all_sum(self.records.counts().to(self.world.device)))
+            self.records.check(self.world.data_sum(self.records.counts().to(self.world.device)))
 
-    def _check_applied(
-        self, result: StepResult, batches: Sequence[Batch], values: Sequence[tuple[Tensor, Tensor]]
-    ) -> None:
-        """A gradient that is merely too large costs its step; one that is not finite ends the run."""
+    def _factor_below(self, bound: float, shares: Sequence[Tensor]) -> Tensor | float:
+        """1, or NaN where the step's loss is above the bound: a gradient that is not finite is not applied.
+
+        All ranks see the same sum, and the host does not wait for it.
+        """
+        if bound == math.inf:
+            return 1.0
+        return torch.where(self._step_loss(shares) > bound, torch.nan, 1.0)
+
+    def _step_loss(self, shares: Sequence[Tensor]) -> Tensor:
+        """() the loss of the whole step, on all ranks the same."""
+        return self.world.data_sum(torch.stack(list(shares)).sum())
+
+    def _judged(
+        self,
+        result: StepResult,
+        bound: float,
+        shares: Sequence[Tensor],
+        batches: Sequence[Batch],
+        values: Sequence[tuple[Tensor, Tensor]],
+    ) -> TrainState:
+        """The state after this step. A bad update is reported."""
+        faults = self.config.faults
+        window = faults.loss_window if faults.loss_above is not None else 0
         if result.applied:
-            return
-        if not math.isfinite(result.norm):
-            raise self._non_finite(batches, values)
-        keys = self._gathered([key for batch in batches for key in batch.keys])
-        self._emit({"event": "step_skipped", "grad_norm": result.norm, "keys": keys})
-
-    def _non_finite(self, batches: Sequence[Batch], values: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
-        """The error that names the samples, of all ranks, whose loss is not finite: or the step's, if none is."""
+            return self.state.applied(float(self._step_loss(shares)) if window else 0.0, window)
         bad = [key for batch, pair in zip(batches, values, strict=True) for key in _bad_keys(batch.keys, *pair)]
-        named = self._gathered(bad)
-        what = "a loss is not finite"
-        if not named:
-            what = "the gradient is not finite though every loss is finite"
-            named = self._gathered([key for batch in batches for key in batch.keys])
-        self._emit({"event": "non_finite", "keys": named})
-        return NonFiniteError(
-            f"step {self.state.step + 1}: {what}; nothing was applied, the last checkpoint stays. "
-            f"Samples: {', '.join(named)}. Look at them with data_prep.show; leave them out with data.skip, "
-            "or lower optim.lr, and start the same command again"
+        named, loss = self._gathered(bad), float(self._step_loss(shares))
+        if named:
+            reason = Reason.loss
+        elif loss > bound:
+            reason = Reason.spike
+        else:
+            reason = Reason.norm if math.isfinite(result.norm) else Reason.gradient
+        keys = named or self._gathered([key for batch in batches for key in batch.keys])
+        update = BadUpdate(self.state.step + 1, reason.value, tuple(keys))
+        fields = {"reason": reason.value, "grad_norm": result.norm, "loss": loss, "keys": keys}
+        self._emit({"event": "update_skipped"} | fields)
+        return self.state.refused(update)
+
+    def _must_go_back(self) -> bool:
+        return len(self.state.bad) > self.config.faults.skips
+
+    def _go_back(self) -> Rollback:
+        """Where to go on from, without the samples of the bad updates. Raises `NonFiniteError` where that is not allowed."""
+        self.position("")
+        self._report_saved(self.checkpoints.wait())
+        bad, faults = self.state.bad, self.config.faults
+        directory = None
+        if self.state.rollbacks < faults.rollbacks:
+            directory = self.checkpoints.last_before(bad[0].step - 1)
+        if directory is not None:
+            logger.warning("%s. Rolling back to %s", told(bad), directory)
+            return Rollback(directory, bad)
+        why = f"after {self.state.rollbacks} rollbacks" if self.state.rollbacks else "without a rollback"
+        raise NonFiniteError(
+            f"{told(bad)}. {len(bad)} in a row {why} (train.faults.skips={faults.skips}, rollbacks={faults.rollbacks}, each "
+            "to a checkpoint); the last checkpoint stays. Look at the samples with data_prep.show; leave them out with "
+            "data.skip, or lower optim.lr, and start the same command again"
         )
 
+    def _record_rollback(self, rollback: Rollback) -> None:
+        """Says what was done, and saves at once: a run that is killed here must not meet the same samples again."""
+        self._emit(rollback.event(self.state.rollbacks))
+        self.save()
+
     def _gathered(self, mine: list[str]) -> list[str]:
-        """The lists of all ranks, in the order of ranks."""
-        return [item for items in self.world.gather_objects(mine) for item in items]
+        """What is told of samples on all ranks, in the order of ranks. Of ranks that share samples, one is heard."""
+        told = mine if self.world.counts_samples else []
+        return [item for items in self.world.gather_objects(told) for item in items]
 
     def _told_to_stop(self, signals: "_Signals") -> bool:
         """Whether any rank had a signal, so that all of them stop at the same step."""
+        self.position(f"after step {self.state.step}, agreeing to go on")
         stop = signals.received
         if self.world.size > 1:
             stop = bool(self.world.all_sum(torch.tensor([float(stop)], device=self.world.device)).item())
         if stop:
             logger.warning("told to stop: step %d is saved, then the run ends", self.state.step)
         return stop
+
+    def _save_due(self) -> bool:
+        """Bad updates leave nothing new to save, and must not drive the last good checkpoint out."""
+        if self.state.bad and self.state.step < self.config.max_steps:
+            return False
+        return self._due(self.config.save_every)
 
     def _due(self, every: int, *, last: bool = True) -> bool:
         if self.state.step >= self.config.max_steps:
@@ -311,6 +399,11 @@ def spread_non_finite(loss: Tensor) -> Tensor:
 def _bad_keys(keys: Sequence[str], *losses: Tensor) -> list[str]:
     finite = torch.stack([torch.isfinite(loss) for loss in losses]).all(dim=0).tolist()
     return [key for key, fine in zip(keys, finite, strict=True) if not fine]
+
+
+def _spelled(batch: Batch) -> str:
+    """A micro-batch in words: how many samples of which bucket."""
+    return f"{len(batch)} x {batch.bucket}"
 
 
 class _Signals:

@@ -1,13 +1,14 @@
 """The engine on 1, 2 and 4 ranks: the same run, whatever the number."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ltx2_train.distributed.build import build_engine
-from ltx2_train.distributed.engine import AdamWConfig, EngineConfig, Precision, Recompute
+from ltx2_train.distributed.engine import AdamWConfig, EngineConfig, Offload, Precision, Recompute
 from ltx2_train.distributed.world import World, close_world, init_world
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.testing import run_on_ranks
@@ -22,7 +23,7 @@ def world():
 
 
 def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, gradient norms and weights of six steps, without any engine."""
+    """Losses, gradient norms and weights of eight steps, without any engine."""
     model, losses, norms = Toy(), [], []
     model.load_state_dict(dict(initialise(model)))
     named = dict(model.named_parameters())
@@ -30,7 +31,7 @@ def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
     others = [p for n, p in named.items() if p.ndim < 2 or n == "scale_shift_table"]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.99))
-    for step in range(6):
+    for step in range(8):
         x, y = data(step)
         loss = (model(x) - y).square().mean()
         optimizer.zero_grad()
@@ -41,14 +42,14 @@ def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
     return losses, norms, {n: p.detach() for n, p in named.items()}
 
 
-def six_steps(world: World) -> dict:
-    """Losses, norms, weights and average of six steps, and what a swap leaves."""
-    engine = toy_engine(world)
+def eight_steps(world: World, **config: Any) -> dict:
+    """Losses, norms, weights and average of eight steps, and what a swap leaves."""
+    engine = toy_engine(world, **config)
     ema = Ema(engine.shards(), EmaConfig(decay=0.7))
     norms, step = [], engine.step
     engine.step = lambda *, lr: norms.append(step(lr=lr).norm)
     losses = []
-    for i in range(6):
+    for i in range(8):
         losses.append(train_step(engine, world, i))
         ema.update(engine.shards())
     x, _ = data(0)
@@ -62,27 +63,66 @@ def six_steps(world: World) -> dict:
     return {"losses": losses, "norms": norms, "weights": whole(engine), "average": average, "averaged": averaged}
 
 
-def test_one_two_and_four_ranks_train_the_same_model():
+def arrangements(world: World) -> list[dict]:
+    """Eight steps with every number of whole copies that fits."""
+    return [eight_steps(world, replicate=n) for n in range(1, world.size + 1) if world.size % n == 0]
+
+
+def test_one_two_and_four_ranks_and_replicas_of_shards_train_the_same_model():
     losses, norms, weights = reference()
-    runs = [run_on_ranks(six_steps, size) for size in (1, 2, 4)]
-    for ranks in runs:
-        for result in ranks:
+    runs = {size: run_on_ranks(arrangements, size) for size in (1, 2, 4)}
+    assert len(runs[4][0]) == 3
+    alone = runs[1][0][0]
+    for ranks in runs.values():
+        for result in (result for results in ranks for result in results):
             torch.testing.assert_close(result["losses"], losses, rtol=1e-6, atol=0)
             torch.testing.assert_close(result["norms"], norms, rtol=1e-5, atol=0)  # a mean over ranks would show here
-            torch.testing.assert_close(result["averaged"], runs[0][0]["averaged"], rtol=1e-4, atol=1e-5)
-        for name, weight in weights.items():
-            torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(ranks[0]["average"][name], runs[0][0]["average"][name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result["averaged"], alone["averaged"], rtol=1e-4, atol=1e-5)
+        for result in ranks[0]:
+            for name, weight in weights.items():
+                torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(result["average"][name], alone["average"][name], rtol=1e-4, atol=1e-5)
 
 
-def exact_sum(world: World) -> Tensor:
-    """Gradients of integers, whose sums are exact in any order."""
-    weights = [("blocks.0.weight", torch.ones(4, 3))]
-    engine = build_engine(Sums, lambda model: weights, EngineConfig(), world)
-    for last in (False, True):
-        engine.backward(engine.model(torch.full((1, 3), float(world.rank + 1))).sum(), last=last)
-    gradient = engine.module.blocks[0].weight.grad
-    return gradient.full_tensor() if world.size > 1 else gradient
+MOVED = [
+    {"prefetch": 2},
+    {"prefetch": 1, "recompute": Recompute.full},
+    {"reshard": False},
+    {"offload": Offload.optimizer},
+    {"offload": Offload.all},
+    {"recompute": Recompute.selective},
+    {"recompute": Recompute.budget, "recompute_budget_gb": 1e-9},
+]
+
+
+def moved(world: World) -> list[dict]:
+    return [eight_steps(world, **config) for config in ({}, *MOVED)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_where_and_when_things_are_changes_no_bit(size):
+    plain, *others = run_on_ranks(moved, size)[0]
+    for config, other in zip(MOVED, others, strict=True):
+        for key in ("losses", "norms"):
+            assert other[key] == plain[key], config
+        for key in ("weights", "average"):
+            assert all(torch.equal(tensor, plain[key][name]) for name, tensor in other[key].items()), config
+
+
+def test_copies_that_do_not_fit_the_ranks_are_named(world):
+    with pytest.raises(ConfigError, match=r"engine\.replicate=2: does not divide 1 ranks; take one of \[1\]"):
+        toy_engine(world, replicate=2)
+
+
+def exact_sums(world: World) -> list[Tensor]:
+    """Gradients of integers, whose sums are exact in any order, of one copy of the model and of two."""
+    weights, gradients = [("blocks.0.weight", torch.ones(4, 3))], []
+    for replicate in (1, 2):
+        engine = build_engine(Sums, lambda model: weights, EngineConfig(replicate=replicate), world)
+        for last in (False, True):
+            engine.backward(engine.model(torch.full((1, 3), float(world.rank + 1))).sum(), last=last)
+        gradients.append(engine.module.blocks[0].weight.grad.full_tensor())
+    return gradients
 
 
 class Sums(nn.Module):
@@ -97,8 +137,8 @@ class Sums(nn.Module):
 def test_gradients_are_exact_sums_over_ranks_and_micro_batches():
     for size in (2, 4):
         expected = torch.full((4, 3), 2.0 * sum(range(1, size + 1)))
-        for gradient in run_on_ranks(exact_sum, size):
-            assert torch.equal(gradient, expected)
+        for gradients in run_on_ranks(exact_sums, size):
+            assert all(torch.equal(gradient, expected) for gradient in gradients)
 
 
 def frozen_stays(world: World) -> None:
@@ -260,18 +300,19 @@ def test_a_freeze_pattern_that_matches_nothing_is_an_error(world):
         toy_engine(world, freeze=[".*"])
 
 
-def magnitude(world: World, shards: dict[str, Tensor]) -> float:
-    return world.all_sum(torch.stack([shard.double().abs().sum() for shard in shards.values()]).sum()).item()
+def magnitude(world: World, shards: dict[str, Tensor], replicate: int) -> float:
+    total = torch.stack([shard.double().abs().sum() for shard in shards.values()]).sum()
+    return world.all_sum(total).item() / replicate
 
 
-def save_and_train_on(world: World, directory: str) -> tuple[list[float], float]:
+def save_and_train_on(world: World, directory: str, replicate: int) -> tuple[list[float], float]:
     """Three steps, a save, and three more while it is being written."""
-    engine = toy_engine(world)
+    engine = toy_engine(world, replicate=replicate)
     ema = Ema(engine.shards(), EmaConfig())
     for step in range(3):
         train_step(engine, world, step)
         ema.update(engine.shards())
-    average = magnitude(world, ema.weights())
+    average = magnitude(world, ema.weights(), replicate)
     pending = engine.save(Path(directory), {**ema.state(), "seen": [1, 2]})
     losses = train(engine, world, 3, 6)
     with torch.no_grad():
@@ -283,28 +324,45 @@ def save_and_train_on(world: World, directory: str) -> tuple[list[float], float]
     return losses, average
 
 
-def load_and_train(world: World, directory: str) -> tuple[list[float], float]:
-    engine = toy_engine(world)
+LOADED = {1: Offload.all, 2: Offload.optimizer, 4: Offload.none}  # where what is saved goes to is free, by ranks
+
+
+def load_and_train(world: World, directory: str, replicates: list[int]) -> list[tuple[list[float], float]]:
+    return [go_on(world, directory, replicate) for replicate in replicates]
+
+
+def go_on(world: World, directory: str, replicate: int) -> tuple[list[float], float]:
+    engine = toy_engine(world, replicate=replicate, offload=LOADED[world.size])
     train(engine, world, 4, 6)  # something to be overwritten
     ema = Ema(engine.shards(), EmaConfig())
     extra = engine.load(Path(directory), ema.state())
     ema.restore(extra)
     assert ema.updates == 3
     assert extra["seen"] == [1, 2]
-    average = magnitude(world, ema.weights())
+    average = magnitude(world, ema.weights(), replicate)
     return train(engine, world, 3, 6), average
 
 
-@pytest.mark.parametrize("saved_on", [1, 2])
-def test_a_checkpoint_goes_on_with_any_number_of_ranks(tmp_path, saved_on):
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"),
+    [
+        ((1, 1), {1: [1], 2: [1], 4: [1, 2]}),
+        ((2, 1), {1: [1], 2: [1]}),
+        ((4, 2), {1: [1], 2: [1, 2], 4: [1, 2]}),
+    ],
+    ids=["1", "2", "2x2"],
+)
+def test_a_checkpoint_goes_on_with_any_number_of_ranks_and_copies(tmp_path, saved_on, loaded_on):
+    """(ranks, copies) that write it, and copies by number of ranks that go on from it."""
     directory = str(tmp_path / "c")
-    straight, average = run_on_ranks(save_and_train_on, saved_on, directory)[0]
-    for loaded_on in (1, 2, 4) if saved_on == 1 else (1, 2):
-        for losses, loaded_average in run_on_ranks(load_and_train, loaded_on, directory):
-            if saved_on == loaded_on:
-                assert losses == straight, "bit-equal"
-            torch.testing.assert_close(losses, straight, rtol=1e-6, atol=0)
-            assert loaded_average == pytest.approx(average, rel=1e-9), "saved as it was at the call, not as it became"
+    straight, average = run_on_ranks(save_and_train_on, saved_on[0], directory, saved_on[1])[0]
+    for size, replicates in loaded_on.items():
+        for results in run_on_ranks(load_and_train, size, directory, replicates):
+            for replicate, (losses, loaded_average) in zip(replicates, results, strict=True):
+                if saved_on == (size, replicate):
+                    assert losses == straight, "bit-equal"
+                torch.testing.assert_close(losses, straight, rtol=1e-6, atol=0)
+                assert loaded_average == pytest.approx(average, rel=1e-9), "saved as it was, not as it became"
 
 
 def test_another_model_is_refused_with_its_differences(world, tmp_path):
@@ -332,11 +390,14 @@ def test_weights_are_read_back_without_an_engine(world, tmp_path):
     ema.update(engine.shards())
     engine.save(tmp_path, ema.state()).wait()
     expected = whole(engine)
-    for name, tensor in saved_weights(tmp_path):
+    found = dict(saved_weights(tmp_path, initial=initialise(Toy())))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
-    averaged = dict(saved_weights(tmp_path, averaged="ema"))
+    averaged = dict(saved_weights(tmp_path, averaged="ema", initial=initialise(Toy())))
     assert torch.equal(averaged["out.weight"], ema.weights()["out.weight"])
     assert torch.equal(averaged["out.bias"], expected["out.bias"])
+    assert dict(saved_weights(tmp_path)).keys() == expected.keys() - {"out.bias"}, "what is frozen is not saved"
     with pytest.raises(CheckpointError, match="its averages: \\['ema'\\]"):
         dict(saved_weights(tmp_path, averaged="slow"))
 

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from ltx2_train.cli.train import train
+from ltx2_train.cli.train import open_datasets, train
+from ltx2_train.data.plan import Plan
 from ltx2_train.distributed.fsdp2 import saved_weights
 from ltx2_train.distributed.world import World
+from ltx2_train.model.build import transformer_config
 from ltx2_train.testing import run_on_ranks
+from ltx2_train.testing.shards import write_latent_dataset
 from ltx2_train.train.checkpoint import complete_checkpoints, verify
 from ltx2_train.train.trainer import EXIT_STOPPED
-from tests.unit.cli.commands import SMALL, composed, ltx2_train, small_dataset
+from tests.unit.cli.commands import SMALL, composed, ltx2_train, small_dataset, small_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"time", "step_seconds", "data_seconds", "tokens_per_second", "samples_per_second", "tflops_per_second"}
@@ -141,13 +144,71 @@ def test_streams_that_the_model_lacks_are_refused(data, tmp_path, capsys):
 def test_a_loss_that_overflows_stops_the_run_and_the_last_checkpoint_stays(data, tmp_path, capsys):
     run = tmp_path / "run"
     wild = ("optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1", "ema=null")
-    assert ltx2_train(*arguments(data, run, *wild)) == 2
+    strict = ("train.faults.skips=0", "train.faults.rollbacks=0")
+    assert ltx2_train(*arguments(data, run, *wild, *strict)) == 2
     error = capsys.readouterr().err
-    assert "nothing was applied, the last checkpoint stays. Samples: s0" in error
-    (event,) = records(run, "non_finite")
+    assert "nothing was applied. Samples: s0" in error
+    assert "the last checkpoint stays" in error
+    (event,) = records(run, "update_skipped")
     assert event["keys"]
     verify(checkpoint(run, event["step"]))
     assert not checkpoint(run, event["step"] + 1).exists()
+
+
+def test_a_run_that_does_not_come_right_goes_back_as_often_as_it_may_and_ends_with_an_error(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    wild = ("optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1", "train.max_steps=20", "train.faults.skips=1")
+    assert ltx2_train(*arguments(data, run, *wild, "train.faults.rollbacks=1")) == 2
+    assert "2 in a row after 1 rollbacks" in capsys.readouterr().err
+    assert [event["number"] for event in records(run, "rolled_back")] == [1]
+
+
+def poisoned(directory: Path, step: int) -> tuple[Path, str]:
+    """A dataset whose last sample of the step with this number (from 1) has a loss beyond fp32; and its key."""
+    job = composed(*arguments(small_dataset(directory / "clean"), directory / "unused"))
+    (dataset,), _ = open_datasets(job, transformer_config(job.model))
+    planned = Plan([dataset.index], None, job.data.plan).rank_step(step - 1, 0, 1)
+    key = dataset.index.key(planned[-1].samples[-1].number)
+    samples = small_samples()
+    for sample in samples:
+        if sample.key == key:
+            assert sample.video is not None
+            sample.video.mul_(1e30)
+    write_latent_dataset(directory / "latents", samples)
+    return directory / "latents", key
+
+
+BACK = ("train.save_every=1", "train.faults.skips=0", "train.faults.rollbacks=1")
+
+
+def test_a_run_rolls_back_and_goes_on_as_if_the_sample_had_been_left_out_from_there(tmp_path):
+    latents, key = poisoned(tmp_path, step=4)
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    assert ltx2_train(*arguments(latents, run, *BACK)) == 0
+    (event,) = records(run, "rolled_back")
+    assert (event["step"], event["from_step"], event["keys"]) == (2, 4, [key]), (
+        "step 3 was good: so was the state before it"
+    )
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+    assert ltx2_train(*arguments(latents, reference, *BACK, "train.max_steps=2")) == 0
+    assert ltx2_train(*arguments(latents, reference, *BACK, f"data.skip=[{key}]")) == 0
+    assert records(run) == records(reference)
+    assert_same_state(checkpoint(run, 6), checkpoint(reference, 6))
+    saved = json.loads((checkpoint(run, 2) / "config.json").read_text())
+    assert saved["train"]["faults"]["rollbacks"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_roll_back_as_one_does(tmp_path):
+    latents, key = poisoned(tmp_path, step=4)
+    more = (*BACK, "data.plan.micro_batches_per_step=2", "data.plan.max_samples=2")
+    for size in (1, 2):
+        run_on_ranks(run_job, size, *arguments(latents, tmp_path / f"on{size}", *more))
+    one, two = (records(tmp_path / f"on{size}") for size in (1, 2))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+    events = [records(tmp_path / f"on{size}", "rolled_back") for size in (1, 2)]
+    assert events[0] == events[1]
+    assert key in events[0][0]["keys"]
 
 
 def damaged(directory: Path, count: int = 1) -> Path:

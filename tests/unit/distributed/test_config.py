@@ -2,13 +2,14 @@
 
 import pytest
 
-from ltx2_train.distributed.engine import AdamWConfig, EngineConfig, Precision, Recompute
+from ltx2_train.distributed.engine import AdamWConfig, Backend, EngineConfig, Offload, Precision, Recompute
 from ltx2_train.errors import ConfigError
 
 
 def test_names_become_enums():
-    config = EngineConfig(precision="bf16", recompute="every_n")
+    config = EngineConfig(precision="bf16", recompute="every_n", backend="zero3", offload="all")
     assert (config.precision, config.recompute) == (Precision.bf16, Recompute.every_n)
+    assert (config.backend, config.offload) == (Backend.zero3, Offload.all)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,20 @@ def test_names_become_enums():
         (lambda: EngineConfig(grad_clip=0), r"engine\.grad_clip=0: must be above 0"),
         (lambda: EngineConfig(skip_above=float("nan")), r"engine\.skip_above=nan"),
         (lambda: EngineConfig(recompute_every=0), r"engine\.recompute_every=0: must be 1 or more"),
+        (lambda: EngineConfig(replicate=0), r"engine\.replicate=0: must be 1 or more"),
+        (lambda: EngineConfig(prefetch=-1), r"engine\.prefetch=-1: must be 0 or more"),
+        (lambda: EngineConfig(recompute_budget_gb=0.0), r"engine\.recompute_budget_gb=0\.0: must be above 0"),
+        (
+            lambda: EngineConfig(recompute="selective", compile=True),
+            r"engine\.compile=true: .* Take engine\.recompute=full",
+        ),
+        (lambda: EngineConfig(recompute="budget"), r"engine\.recompute=budget: say how many GB"),
+        (
+            lambda: EngineConfig(backend="zero3", replicate=2),
+            r"engine\.replicate=2: engine\.backend=zero3 shards over all",
+        ),
+        (lambda: EngineConfig(backend="zero3", reshard=False), r"engine\.reshard=False: engine\.backend=zero3"),
+        (lambda: EngineConfig(backend="zero3", prefetch=1), r"engine\.prefetch=1: .* Leave it at 0"),
         (lambda: EngineConfig(freeze=["a("]), r"engine\.freeze: 'a\(' is not a regular expression"),
         (lambda: AdamWConfig(betas=[0.9]), r"engine\.optimizer\.betas=\[0\.9\]: two numbers"),
         (lambda: AdamWConfig(eps=0), r"engine\.optimizer\.eps=0"),

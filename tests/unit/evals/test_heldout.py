@@ -62,6 +62,12 @@ def test_any_number_of_ranks_gives_the_same_numbers(dataset, size):
         assert shared.to_dict() == alone
 
 
+def test_ranks_that_share_samples_count_them_once(dataset):
+    alone = on_one_rank(dataset).to_dict()
+    for shared in on_ranks(4, lambda world: measured(dataset, world), sequence=2):
+        assert shared.to_dict() == alone
+
+
 def test_all_ranks_run_the_model_equally_often(dataset):
     models = [LinearModel() for _ in range(4)]
     on_ranks(4, lambda world: measured(dataset, world, models[world.rank]))

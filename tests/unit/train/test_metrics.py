@@ -5,13 +5,14 @@ import torch
 
 from ltx2_train.batch import collate, placeholder
 from ltx2_train.record import Bucket, TextFeatures
-from ltx2_train.train.metrics import SIGMA_BINS, Metrics
+from ltx2_train.train.metrics import SIGMA_BINS, Metrics, lag
 
 
 @dataclass
 class World:
     rank: int = 0
     size: int = 1
+    counts_samples: bool = True
 
     def all_sum(self, tensor):
         return tensor
@@ -125,6 +126,16 @@ def test_speed_counts_tokens_of_both_streams_and_the_peak_share():
     assert record["mfu"] == 0.25
 
 
+def test_a_rank_that_shares_samples_leaves_counting_to_the_first():
+    bucket, text = Bucket(2, 2, 2, 5), TextFeatures(torch.zeros(3, 4), torch.zeros(3, 4))
+    metrics = Metrics(World(counts_samples=False))
+    metrics.record_losses(FIRST)
+    metrics.record_batch(collate([placeholder("a", bucket, text)], [0], bucket), flops=50.0)
+    record = closed(metrics).flush()
+    assert (record["samples"], record["tokens"], record["loss_video"]) == (0, 0, None)
+    assert record["step_seconds"] > 0
+
+
 def test_a_device_without_a_known_peak_has_no_mfu():
     assert "mfu" not in closed(Metrics(World())).flush()
 
@@ -135,3 +146,11 @@ def test_a_window_begins_empty():
     closed(metrics).flush()
     metrics.record_losses(SECOND)
     assert closed(metrics).flush()["loss_video"] == 6.0
+
+
+def test_a_rank_that_holds_the_others_up_is_named():
+    assert lag([10.0, 10.0, 10.0, 10.5], [0.5, 0.5, 0.5, 0.9]) == []
+    straggler, stall = lag([10.0, 10.0, 14.0, 10.0], [0.2, 0.2, 7.0, 0.2], steps=2)
+    assert straggler == {"event": "straggler", "rank": 2, "step_seconds": 7.0, "median_seconds": 5.0}
+    assert stall == {"event": "data_stall", "rank": 2, "data_seconds": 3.5, "share": 0.5}
+    assert [event["event"] for event in lag([10.0], [1.5])] == ["data_stall"]

@@ -1,6 +1,8 @@
 import contextlib
+import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from ltx2_train.errors import CheckpointError, ConfigError, DataError, NonFinite
 from ltx2_train.record import Bucket, TextFeatures
 from ltx2_train.train.checkpoint import Saved
 from ltx2_train.train.ema import Ema, EmaConfig
+from ltx2_train.train.faults import BadUpdate, FaultsConfig, Rollback
 from ltx2_train.train.metrics import Metrics
 from ltx2_train.train.state import TrainState, check_same_run, defining_settings
 from ltx2_train.train.trainer import Outcome, TrainConfig, Trainer, spread_non_finite
@@ -28,8 +31,12 @@ class World:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    counts_samples: bool = True
 
     def all_sum(self, tensor):
+        return tensor
+
+    def data_sum(self, tensor):
         return tensor
 
     def gather_objects(self, value):
@@ -118,6 +125,12 @@ class Saves:
     def poll(self):
         return None
 
+    asked: list = field(default_factory=list)
+
+    def last_before(self, step):
+        self.asked.append(step)
+        return Path(f"step-{step:08d}")
+
     def settle(self):
         self.settled.append(len(self.in_flight))
         return self.wait()
@@ -139,6 +152,12 @@ def batch(*keys, bad=()):
 
 def steps(*lists) -> Iterator:
     return iter(lists)
+
+
+def dawdling(seconds: float) -> Iterator:
+    while True:
+        time.sleep(seconds)
+        yield [batch("k0")]
 
 
 def endless(*micro_batches):
@@ -167,6 +186,11 @@ def records(t):
 
 
 def events(t):
+    """What happened, without what a busy machine makes of steps that take no time."""
+    return [e for e in all_events(t) if e[0] not in ("straggler", "data_stall")]
+
+
+def all_events(t):
     return [(r["event"], r["step"]) for r in t.sinks[0] if "event" in r]
 
 
@@ -211,17 +235,21 @@ def test_a_saved_state_goes_on_where_it_was():
     assert records(second)[0]["time"] >= records(first)[-1]["time"]
 
 
+STRICT = {"faults": FaultsConfig(skips=0, rollbacks=0)}
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named_and_never_applied(poison):
-    t = trainer(steps([batch("k1")], [batch("k2", "k3"), batch("k4")]), objective=Objective(), config={"log_every": 1})
+    first, second = [batch("k1")], [batch("k2", "k3"), batch("k4")]
+    t = trainer(steps(first, second), config={"log_every": 1, **STRICT})
     t.objective.poison["k3"] = poison
     with pytest.raises(NonFiniteError, match=r"step 2: a loss is not finite.*Samples: k3\."):
         t.run()
     after_one_step = 1 - 0.1 * 3
     assert t.engine.weight.item() == pytest.approx(after_one_step)
-    assert t.state.step == 1
-    assert events(t) == [("non_finite", 1)]
-    assert t.sinks[0][-1]["keys"] == ["k3"]
+    (event,) = [r for r in t.sinks[0] if r.get("event") == "update_skipped"]
+    assert event["keys"] == ["k3"]
+    assert event["reason"] == "a loss is not finite"
 
 
 def test_a_loss_that_overflows_while_its_gradient_does_not_is_not_applied():
@@ -243,7 +271,7 @@ def test_when_only_the_gradient_is_not_finite_all_samples_of_the_step_are_named(
         def step(self, *, lr):
             return StepResult(norm=float("nan"), applied=False)
 
-    t = trainer(steps([batch("k1", "k2"), batch("k3")]), engine=Broken())
+    t = trainer(steps([batch("k1", "k2"), batch("k3")]), engine=Broken(), config=STRICT)
     with pytest.raises(NonFiniteError, match=r"though every loss is finite.*Samples: k1, k2, k3\."):
         t.run()
 
@@ -256,7 +284,102 @@ def test_a_gradient_that_is_merely_too_large_costs_its_step_only():
 
     t = trainer(endless(batch("k1")), engine=Careful(), config={"max_steps": 2})
     assert t.run() is Outcome.DONE
-    assert events(t)[:2] == [("step_skipped", 0), ("step_skipped", 1)]
+    assert events(t)[:2] == [("update_skipped", 0), ("update_skipped", 1)]
+    assert "engine.skip_above" in t.sinks[0][0]["reason"]
+
+
+def poisoned(where: dict[int, str], **changes) -> Trainer:
+    """A run whose sample of the step with that number (from 1) is another, and whose loss is not finite there."""
+    lists = ([batch(where.get(n, "k1"))] for n in range(1, 100))
+    t = trainer(lists, **changes)
+    t.objective.poison.update(dict.fromkeys(where.values(), float("nan")))
+    return t
+
+
+def test_bad_updates_are_passed_over_and_a_good_one_ends_the_row():
+    bad = {2: "k11", 3: "k12", 5: "k13", 6: "k14"}
+    t = poisoned(bad, config={"max_steps": 8, "faults": FaultsConfig(skips=2, rollbacks=0)})
+    assert t.run() is Outcome.DONE
+    assert [e for e in events(t) if e[0] == "update_skipped"] == [("update_skipped", n - 1) for n in bad]
+    assert t.engine.weight.item() == pytest.approx(1 - 4 * 0.1 * 3)
+
+
+def test_one_bad_update_too_many_sends_the_run_back_to_before_the_first_of_them():
+    bad = {4: "k11", 5: "k12"}
+    t = poisoned(bad, config={"save_every": 1, "faults": FaultsConfig(skips=1, rollbacks=1)})
+    assert t.run() is Outcome.ROLLED_BACK
+    assert not t.checkpoints.in_flight
+    assert t.checkpoints.asked == [3]
+    assert t.rollback.keys == ("k11", "k12")
+    assert [update.step for update in t.rollback.bad] == [4, 5]
+    assert [s.step for s in t.checkpoints.states] == [1, 2, 3], "a bad update leaves nothing to save"
+
+
+def test_a_run_that_has_rolled_back_says_so_and_saves_that_at_once():
+    bad = (BadUpdate(4, "a loss is not finite", ("k11",)),)
+    state = TrainState(step=3).rolled_back(["k11"])
+    t = trainer(endless(batch("k1")), state=state, rolled_back=Rollback(Path("step-00000003"), bad))
+    t.run()
+    event = t.sinks[0][0]
+    assert (event["event"], event["step"], event["number"], event["keys"]) == ("rolled_back", 3, 1, ["k11"])
+    assert event["updates"] == [{"step": 4, "reason": "a loss is not finite", "keys": ["k11"]}]
+    saved = t.checkpoints.states[0]
+    assert (saved.step, saved.skipped, saved.rollbacks) == (3, ("k11",), 1)
+
+
+def test_rollbacks_are_counted_over_the_whole_run():
+    t = poisoned({1: "k11"}, state=TrainState(step=4, rollbacks=2), config={"faults": FaultsConfig(skips=0)})
+    with pytest.raises(NonFiniteError, match="1 in a row after 2 rollbacks"):
+        t.run()
+
+
+def test_a_loss_far_above_its_median_is_not_applied():
+    faults = FaultsConfig(skips=1, rollbacks=0, loss_above=5.0, loss_window=3)
+    lists = ([batch("k40" if n == 5 else "k1")] for n in range(1, 100))
+    t = trainer(lists, learning_rate=lambda step: 0.001, config={"faults": faults, "max_steps": 6})
+    t.run()
+    (event,) = [r for r in t.sinks[0] if r.get("event") == "update_skipped"]
+    assert event["step"] == 4
+    assert event["loss"] == pytest.approx(3 * 40 * (1 - 4 * 0.001 * 3))
+    assert event["keys"] == ["k40"]
+    assert len(t.state.losses) == 3
+    assert t.engine.weight.item() == pytest.approx(1 - 5 * 0.001 * 3)
+
+
+def test_a_row_of_bad_updates_goes_on_in_a_run_that_goes_on():
+    state = TrainState(step=4, bad=(BadUpdate(4, "x", ("k10",)),), losses=(1.5, 2.5))
+    assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+    t = poisoned({1: "k11"}, state=state, config={"faults": FaultsConfig(skips=1, rollbacks=1)})
+    assert t.run() is Outcome.ROLLED_BACK
+    assert t.rollback.keys == ("k10", "k11")
+
+
+def test_a_checkpoint_of_before_there_were_rollbacks_is_read():
+    old = {"step": 3, "samples": 1, "tokens": 2, "seconds": 1.0, "skipped": ["k1"]}
+    assert TrainState.from_dict(old) == TrainState(step=3, samples=1, tokens=2, seconds=1.0, skipped=("k1",))
+
+
+def test_the_position_is_told_at_every_point_of_a_step_and_not_outside():
+    places = []
+    t = trainer(steps([batch("k1"), batch("k2", "k3")]), position=places.append, config={"max_steps": 1})
+    t.run()
+    assert places[:2] == ["after step 0, agreeing to go on", "step 1, waiting for data"]
+    assert places[2].startswith("step 1, micro-batch 1 of 2, 1 x ")
+    assert places[3].startswith("step 1, micro-batch 2 of 2, 2 x ")
+    assert places[4:] == ["step 1, update", "after step 1, agreeing to go on", "after step 1, log", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"skips": -1}, "faults.skips=-1"),
+        ({"loss_above": 1.0}, "loss_above=1.0"),
+        ({"loss_window": 0}, "loss_window=0"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        FaultsConfig(**values)
 
 
 def test_too_many_damaged_records_end_the_run():
@@ -456,3 +579,30 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference():
     assert "optim.lr: 0.1 in the checkpoint, 0.2 now" in str(error.value)
     assert "seed: 1 in the checkpoint, 2 now" in str(error.value)
     assert "betas" not in str(error.value)
+
+
+def test_steps_that_wait_for_data_are_told_of_from_the_second_record_on():
+    t = trainer(dawdling(0.1), config={"log_every": 1, "max_steps": 3, "save_every": 0})
+    t.run()
+    assert [e for e in all_events(t) if e[0] == "data_stall"] == [("data_stall", 2), ("data_stall", 3)]
+
+
+def test_a_bad_last_update_sends_the_run_back_too():
+    t = poisoned({6: "k11"}, config={"faults": FaultsConfig(skips=0)})
+    assert t.run() is Outcome.ROLLED_BACK
+    assert [s.step for s in t.checkpoints.states] == [3]
+
+
+def test_a_signal_that_falls_into_a_bad_update_is_acted_on_and_the_rollback_comes_with_the_next_start():
+    def batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield [batch("k11")]
+
+    config = {"faults": FaultsConfig(skips=0)}
+    t = trainer(batches(), state=TrainState(step=2), config=config)
+    t.objective.poison["k11"] = float("nan")
+    assert t.run() is Outcome.STOPPED
+    (saved,) = t.checkpoints.states
+    second = trainer(endless(batch("k1")), state=saved, config=config)
+    assert second.run() is Outcome.ROLLED_BACK
+    assert second.rollback.keys == ("k11",)
