@@ -9,9 +9,12 @@ import json
 import operator
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +40,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCALE_SUFFIX = "_scale"  # of the tensor beside an FP8 weight that it is multiplied with
+MOST_LISTED = 20  # tensors in one message
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 FINGERPRINT_BYTES = 4096  # of every tensor
 PICKLE_MARKS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -86,14 +91,10 @@ class FileTensor:
     def _read(self, offset: int, shape: torch.Size) -> Tensor:
         buffer = torch.empty(prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
         view = buffer.numpy().data
-        with self.path.open("rb", buffering=0) as file:
+        with _opened(self.path) as file:
             file.seek(offset)
-            done = 0
-            while done < len(view):
-                got = file.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{self.path}: ends inside {self.key}; the file was cut. Copy it again")
-                done += got
+            if file.readinto(view) < len(view):
+                raise CheckpointError(f"{self.path}: ends inside {self.key}; the file was cut. Copy it again")
         return buffer.view(self.dtype).reshape(shape)
 
 
@@ -233,7 +234,7 @@ class WeightFile(Mapping[str, Stored]):
         """SHA-256 over the header and the first 4 KiB of every tensor: tells files apart in seconds, whatever their size."""
         digest = hashlib.sha256(self._header)
         for tensor in sorted(self.stored.values(), key=lambda t: (t.path.name, t.offset)):
-            with tensor.path.open("rb") as file:
+            with _opened(tensor.path) as file:
                 file.seek(tensor.offset)
                 digest.update(file.read(min(FINGERPRINT_BYTES, tensor.nbytes)))
         return digest.hexdigest()
@@ -249,11 +250,11 @@ class WeightFile(Mapping[str, Stored]):
 def open_weights(path: str | Path) -> WeightFile:
     """A safetensors file, an index of several (`*.safetensors.index.json`), or a folder that holds one of them.
 
-    Raises `CheckpointError` for what is not safetensors (a pickle under any name), for a file shorter or longer than its
-    header says, for overlapping tensors, and for an index that does not match its files.
+    There is at least one tensor in it. Raises `CheckpointError` for what is not safetensors (a pickle under any name), for
+    a file shorter or longer than its header says, for overlapping tensors, and for an index that does not match its files.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # False for a name that no file can have, where Path.is_dir raises
         path = _only_entry(path)
     if path.name.endswith(".index.json"):
         return _open_index(path)
@@ -274,12 +275,16 @@ def _only_entry(folder: Path) -> Path:
 
 
 def _open_index(path: Path) -> WeightFile:
+    with _opened(path) as file:
+        raw = file.read()
     try:
-        places: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        places: dict[str, str] = json.loads(raw)["weight_map"]
         names = sorted(set(places.values()))
         beside = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an index of safetensors files ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not an index of safetensors files ({error!r})") from error
+    if not places:
+        raise CheckpointError(f"{path}: {_EMPTY}")
     if not beside:
         raise CheckpointError(f"{path}: names files outside its own folder; put them beside it and name them so")
     tensors: dict[str, FileTensor] = {}
@@ -299,29 +304,41 @@ def _open_index(path: Path) -> WeightFile:
 
 
 def _read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, Any], bytes]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                if start.startswith(PICKLE_MARKS):  # a length that a real header may have as well, were it not so large
-                    raise CheckpointError(f"{path}: a pickle, not safetensors; reading it could run code. {_CONVERT}")
-                raise CheckpointError(f"{path}: not a safetensors file, or cut inside its header ({size:,} bytes)")
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            if start.startswith(PICKLE_MARKS):  # a length that a real header may have as well, were it not so large
+                raise CheckpointError(f"{path}: a pickle, not safetensors; reading it could run code. {_CONVERT}")
+            raise CheckpointError(f"{path}: not a safetensors file, or cut inside its header ({size:,} bytes)")
+        raw = file.read(length)
     try:
         header = json.loads(raw)
         metadata = {key: _decoded(value) for key, value in header.pop("__metadata__", {}).items()}
         tensors = {key: _entry(path, key, entry, 8 + length) for key, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors header ({error!r})") from error
+    if not tensors:
+        raise CheckpointError(f"{path}: {_EMPTY}")
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata, raw
 
 
 _CONVERT = "Convert it with a tool that you trust, or get the safetensors file"
+_EMPTY = "no tensors in it. Get the file again"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """The file to read. Raises `CheckpointError` for what is gone or no regular file: to open a FIFO would wait for ever."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file. Give a safetensors file, its index or its folder")
+        with path.open("rb") as file:
+            yield file
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def _entry(path: Path, key: str, entry: dict[str, Any], base: int) -> FileTensor:
@@ -370,16 +387,29 @@ def _dequantised(tensors: dict[str, FileTensor]) -> Iterator[tuple[str, Stored]]
 
 def _with_scale(weight: FileTensor, scale: FileTensor | None) -> Scaled:
     rows = weight.shape[0] if weight.shape else 1
-    if scale is not None and scale.shape.numel() not in (1, rows):
+    shapes = [[], [1], [rows], [rows, 1]]  # other shapes of as many numbers are scales of columns or of blocks
+    if scale is not None and (list(scale.shape) not in shapes or scale.dtype not in SCALES):
         raise CheckpointError(
-            f"{scale.path}: {scale.key} is {list(scale.shape)}; a scale is one number, or one for each of the {rows} rows"
+            f"{scale.path}: {scale.key} is {NAMES[scale.dtype]} {list(scale.shape)}; a scale is one floating-point number, "
+            f"or one for each of the {rows} rows: [{rows}] or [{rows}, 1]. Use the bf16 file, or one with such scales"
         )
     return Scaled(weight, scale)
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_floating(tensors: Mapping[str, Stored], source: object) -> None:
+    """Raises `CheckpointError` listing the tensors that hold integers or booleans, which no weight of ours does."""
+    wrong = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if not tensor.dtype.is_floating_point]
+    if wrong:
+        more = f"; and {len(wrong) - MOST_LISTED} more" if len(wrong) > MOST_LISTED else ""
+        raise CheckpointError(
+            f"{source}: {len(wrong)} weights are quantised in a form that is not read: "
+            f"{'; '.join(wrong[:MOST_LISTED])}{more}. Use the bf16 file, or one in FP8 with scales"
+        )
 
 
 # --- writing ---

@@ -6,6 +6,7 @@ not find at random values; here every tensor has its place and every place its t
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from ltx2_train.codecs import ltx2_config as configs
 from ltx2_train.codecs import ltx2_names as names
-from ltx2_train.codecs.ltx2_config import Section
+from ltx2_train.codecs.ltx2_config import Section, described
 from ltx2_train.codecs.neighbourhood import NeighbourhoodProcessor
 from ltx2_train.errors import CheckpointError
-from ltx2_train.weightfile import FINGERPRINT_BYTES, Stored, WeightFile, open_weights
+from ltx2_train.weightfile import FINGERPRINT_BYTES, Stored, WeightFile, check_floating, open_weights
 
 Namer = Callable[[str], str]  # name in a module -> key in the file
 BARE_VIDEO = ("encoder.", "decoder.", "per_channel_statistics.")
@@ -35,6 +36,9 @@ class Component:
     section: Section
     tensors: Mapping[str, Stored]
     converted: bool = False  # True for a diffusers folder, whose section are constructor arguments and whose keys names
+
+    def __post_init__(self) -> None:
+        check_floating(self.tensors, self.where)
 
 
 def open_component(path: str | Path, part: str) -> Component:
@@ -60,7 +64,7 @@ def open_upsampler(path: str | Path) -> Component:
 
 
 def _converted_folder(path: Path, part: str) -> Path | None:
-    return next((folder for folder in (path / part, path) if (folder / "config.json").exists()), None)
+    return next((folder for folder in (path / part, path) if os.path.isfile(folder / "config.json")), None)
 
 
 def _open_converted(folder: Path) -> Component:
@@ -80,7 +84,7 @@ def _tensors(weights: WeightFile, part: str) -> dict[str, Stored]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}). Get the folder again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not an object. Get the folder again")
@@ -90,16 +94,17 @@ def _json(path: Path) -> dict[str, Any]:
 # --- modules on the meta device ---
 
 
+@described
 def video_modules(section: Section, converted: bool = False) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
     """Arguments, `encoder` and `decoder` of a video VAE without values, and how a file calls their tensors."""
     if converted:
         section.only("_class_name", "AutoencoderKLLTX2Video")
-        vae = _build(_video_class(), _arguments(section))
+        vae = _build(section, _video_class(), _arguments(section))
         return dict(vae.config), nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder}), str
     if configs.is_diffusion_vae(section):
         return _diffusion_modules(section)
     arguments = configs.video_encoder(section) | configs.video_decoder(section)
-    vae = _build(_video_class(), arguments)
+    vae = _build(section, _video_class(), arguments)
     parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
     return arguments, parts, lambda name: names.video_vae(name, len(vae.encoder.down_blocks))
 
@@ -108,10 +113,10 @@ def _diffusion_modules(section: Section) -> tuple[dict[str, Any], nn.ModuleDict,
     from diffusers import LTX2VideoDiffusionDecoderModel
 
     arguments = configs.video_encoder(section)
-    model = _build(LTX2VideoDiffusionDecoderModel, configs.diffusion_decoder(section))
+    model = _build(section, LTX2VideoDiffusionDecoderModel, configs.diffusion_decoder(section))
     model.set_attn_processor(NeighbourhoodProcessor())
     decoder = model.decoder
-    encoder = _build(_video_class(), arguments).encoder
+    encoder = _build(section, _video_class(), arguments).encoder
 
     def name_in_file(name: str) -> str:
         if name.startswith("decoder."):
@@ -121,6 +126,7 @@ def _diffusion_modules(section: Section) -> tuple[dict[str, Any], nn.ModuleDict,
     return arguments, nn.ModuleDict({"encoder": encoder, "decoder": decoder}), name_in_file
 
 
+@described
 def audio_modules(section: Section, converted: bool = False) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
     """Arguments, `encoder` and `decoder` of an audio VAE without values, and how a file calls their tensors."""
     from diffusers import AutoencoderKLLTX2Audio
@@ -128,11 +134,12 @@ def audio_modules(section: Section, converted: bool = False) -> tuple[dict[str, 
     if converted:
         section.only("_class_name", "AutoencoderKLLTX2Audio")
     arguments = _arguments(section) if converted else configs.audio_vae(section)
-    vae = _build(AutoencoderKLLTX2Audio, arguments)
+    vae = _build(section, AutoencoderKLLTX2Audio, arguments)
     parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
     return dict(vae.config), parts, str if converted else names.audio_vae
 
 
+@described
 def vocoder_module(
     section: Section, widths: Mapping[str, int], converted: bool = False, device: str = "cpu"
 ) -> tuple[nn.Module, Namer]:
@@ -147,14 +154,14 @@ def vocoder_module(
         return _converted_vocoder(section, kinds, device), str
     if not configs.has_bandwidth_extension(section):
         arguments = configs.vocoder(section, _width(section, widths, "conv_pre"))
-        return _build(LTX2Vocoder, arguments, device), names.vocoder
+        return _build(section, LTX2Vocoder, arguments, device), names.vocoder
     inputs = _width(section, widths, "vocoder.conv_pre"), _width(section, widths, "bwe_generator.conv_pre")
-    return _build(LTX2VocoderWithBWE, configs.bandwidth_vocoder(section, *inputs), device), names.vocoder
+    return _build(section, LTX2VocoderWithBWE, configs.bandwidth_vocoder(section, *inputs), device), names.vocoder
 
 
 def _width(section: Section, widths: Mapping[str, int], layer: str) -> int:
     if layer not in widths:
-        raise CheckpointError(f"{section.where}: 1 missing: {layer}.weight. Get the file again")
+        raise CheckpointError(f"{section.where}: 1 missing: {layer}.weight, a tensor of 3 dims. Get the file again")
     return widths[layer]
 
 
@@ -162,14 +169,15 @@ def _converted_vocoder(section: Section, kinds: dict[str, Any], device: str) -> 
     kind, arguments = section.only("_class_name", *kinds), _arguments(section)
     if kind == "LTX2VocoderWithBWE":  # published folders leave out the clamp that the second stage was trained with
         arguments["final_act_fn"] = arguments.get("final_act_fn") or "clamp"
-    return _build(kinds[kind], arguments, device)
+    return _build(section, kinds[kind], arguments, device)
 
 
+@described
 def upsampler_module(section: Section, converted: bool = False) -> nn.Module:
     """A latent upsampler without values; files call its tensors as the module does."""
     from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 
-    return _build(LTX2LatentUpsamplerModel, _arguments(section) if converted else configs.upsampler(section))
+    return _build(section, LTX2LatentUpsamplerModel, _arguments(section) if converted else configs.upsampler(section))
 
 
 def _video_class() -> Any:
@@ -178,14 +186,10 @@ def _video_class() -> Any:
     return AutoencoderKLLTX2Video
 
 
-def _build(kind: Any, arguments: dict[str, Any], device: str = "meta") -> Any:
-    try:
-        with torch.device(device):
-            return kind(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise CheckpointError(
-            f"{kind.__name__} cannot be built from this header: {error}. Use a published file"
-        ) from error
+def _build(section: Section, kind: Any, arguments: dict[str, Any], device: str = "meta") -> Any:
+    configs.check_numbers(arguments, section.where)
+    with torch.device(device):
+        return kind(**arguments)
 
 
 def _arguments(section: Section) -> dict[str, Any]:

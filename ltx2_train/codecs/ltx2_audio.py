@@ -15,6 +15,8 @@ from ltx2_train.codecs.checks import check_latents, check_waveform
 from ltx2_train.codecs.mel import LogMel
 from ltx2_train.errors import CheckpointError, DataError
 
+LATENT_FACTS = ("mid_block_add_attention", "attn_resolutions")  # what decides on the latents beside the tensors
+MEL_FACTS = ("sample_rate", "n_fft", "window", "hop", "bins", "lowest_hz", "highest_hz", "floor")
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
@@ -22,9 +24,9 @@ def in_full_precision(method: Method) -> Method:
     """No gradients and no autocast: in bf16 the second stage of the vocoder loses half of its spectrum."""
 
     @wraps(method)
-    def run(self: Any, *args: Any) -> Tensor:
+    def run(self: Any, *args: Any, **named: Any) -> Tensor:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return method(self, *args)
+            return method(self, *args, **named)
 
     return run  # type: ignore[return-value]
 
@@ -43,7 +45,7 @@ def load_audio_codec(
     ltx2.fill(modules, component, name_in_file, torch.float32)
     channels = arguments["latent_channels"]
     mean, deviation = ltx2.statistics(component, channels * _bins(front))
-    facts = {"front": repr(front), "attention": [arguments["mid_block_add_attention"], arguments["attn_resolutions"]]}
+    facts = {key: arguments[key] for key in LATENT_FACTS} | {"mel": [getattr(front, field) for field in MEL_FACTS]}
     encoder = nn.ModuleDict({"encoder": modules["encoder"]})
     name = f"ltx2-audio-{ltx2.fingerprint(component, encoder, name_in_file, facts)}"
     build_vocoder, rate = _open_vocoder(vocoder or path, front)
@@ -77,8 +79,8 @@ def _bins(front: LogMel) -> int:
 def _open_vocoder(path: str | Path, front: LogMel) -> tuple[Callable[[], nn.Module], int]:
     """What builds the vocoder, after a look at the keys and shapes of its file, and the rate of its sound in Hz."""
     component = ltx2.open_component(path, "vocoder")
-    first = [key for key in component.tensors if key.endswith("conv_pre.weight")]
-    widths = {key.removesuffix(".weight"): component.tensors[key].shape[1] for key in first}
+    shapes = {key: tensor.shape for key, tensor in component.tensors.items() if key.endswith("conv_pre.weight")}
+    widths = {key.removesuffix(".weight"): shape[1] for key, shape in shapes.items() if len(shape) == 3}
 
     def build(device: str = "cpu") -> tuple[nn.Module, ltx2.Namer]:
         return ltx2.vocoder_module(component.section, widths, component.converted, device)

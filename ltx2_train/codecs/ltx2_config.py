@@ -4,20 +4,32 @@ A released file describes every codec in a section of its header; diffusers has 
 orders for the same. Values that neither side knows are refused here, before a tensor is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from functools import wraps
+from math import isfinite, prod
+from operator import index
+from reprlib import repr as short  # of what a file may hold without end
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2_train import geometry
 from ltx2_train.codecs.mel import LogMel
-from ltx2_train.errors import CheckpointError
+from ltx2_train.errors import CheckpointError, Ltx2Error
 
 DOWNSAMPLE = {"compress_space_res": "spatial", "compress_time_res": "temporal", "compress_all_res": "spatiotemporal"}
 UPSAMPLE = {name.removesuffix("_res"): kind for name, kind in DOWNSAMPLE.items()}
 SCALES = {"spatial": (1, 2), "temporal": (2, 1), "spatiotemporal": (2, 2)}  # of time, of space
 CONVOLUTIONAL = "CausalVideoAutoencoder"
 DIFFUSION = "CausalDiffusionVAE"
+MAX_NUMBER = 1_000_000  # of anything that is a whole number: widths, counts, rates in Hz
+MAX_LAYERS = 64  # of a stage, and stages of a codec; released ones have 8
+DEPTHS = (
+    "layers_per_block",
+    "decoder_layers_per_block",
+    "num_res_blocks",
+    "decoder_stage_depths",
+    "num_blocks_per_stage",
+)
 AUDIO_LEVELS = 3  # of the audio VAE: two halvings, the 4 mel frames of a latent step
 
 
@@ -52,7 +64,56 @@ class Section:
         return Section(".".join((self.where, *keys)), values if isinstance(values, dict) else {})
 
     def refuse(self, key: str, value: Any, supported: str) -> None:
-        raise CheckpointError(f"{self.where}.{key} is {value!r}; supported is {supported}. Use a published file")
+        raise CheckpointError(f"{self.where}.{key} is {short(value)}; supported is {supported}. Use a published file")
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def described(build: Callable[Concatenate[Section, P], T]) -> Callable[Concatenate[Section, P], T]:
+    """What makes something of a section, with all that the section's values let fail told as the section's fault."""
+
+    @wraps(build)
+    def run(section: Section, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return build(section, *args, **kwargs)
+        except Ltx2Error:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{section.where}: no codec can be built from it ({error!r}). Use a published file"
+            ) from error
+
+    return run
+
+
+def check_numbers(arguments: Mapping[str, Any], where: str) -> None:
+    """Raises `CheckpointError` listing the arguments of a constructor with numbers that no codec has.
+
+    Whole numbers are widths, counts, sizes and rates, from 1 on. A kernel covers at least its stride, in released files and
+    in any upsampling without holes; so the tensors, which have the kernels' shapes, bound the strides.
+    """
+    wrong = [f"{name}={short(value)}" for name, value in arguments.items() if not _is_sane(name, value)]
+    for stage in ("", "bwe_"):
+        strides, kernels = (arguments.get(f"{stage}upsample_{name}", ()) for name in ("factors", "kernel_sizes"))
+        if not wrong and any(stride > kernel for stride, kernel in zip(strides, kernels, strict=False)):
+            wrong.append(f"{stage}upsample_factors={strides} beyond the kernels {kernels}")
+    if wrong:
+        raise CheckpointError(
+            f"{where}: {'; '.join(wrong)}; supported are finite numbers, whole ones from 1 to {MAX_NUMBER:,}, layers to "
+            f"{MAX_LAYERS}. Use a published file"
+        )
+
+
+def _is_sane(name: str, value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= MAX_LAYERS and all(_is_sane(name, one) for one in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True  # the constructors look at the rest
+    if isinstance(value, float):
+        return isfinite(value)
+    return 1 <= value <= (MAX_LAYERS if name in DEPTHS else MAX_NUMBER)
 
 
 # --- video ---
@@ -71,7 +132,6 @@ def video_encoder(section: Section) -> dict[str, Any]:
     own.only("dims", 3)
     own.only("norm_layer", "pixel_norm")
     own.only("latent_log_var", "uniform", "constant")  # one channel of log variance, which nothing uses
-    own.only("base_channels" if nested else "encoder_base_channels", latents)
     layers, compressors = _stages(own, "blocks" if nested else "encoder_blocks", DOWNSAMPLE)
     _check_scales(own, [DOWNSAMPLE[name] for name, _ in compressors])
     widths = [
@@ -133,17 +193,23 @@ def diffusion_decoder(section: Section) -> dict[str, Any]:
         "decoder_head_dim": own.need("head_dim"),
         "decoder_stage_channels": tuple(own.need("stage_channels")),
         "decoder_stage_depths": tuple(own.need("stage_depths")),
-        "decoder_stage_kernels": tuple(tuple(kernel) for kernel in own.need("stage_kernels")[: len(ups)]),
-        "decoder_upsample_strides": tuple(tuple(up[0]) for up in ups),
+        "decoder_stage_kernels": tuple(map(_sizes, own.need("stage_kernels")[: len(ups)])),
+        "decoder_upsample_strides": tuple(_sizes(up[0]) for up in ups),
         "decoder_upsample_channel_reductions": tuple(up[1] for up in ups),
-        "decoder_stage5_kernel": tuple(own.need("stage5_kernel")),
+        "decoder_stage5_kernel": _sizes(own.need("stage5_kernel")),
         "decoder_t_emb_dim": own.get("t_emb_dim", 384),
-        "decoder_timestep_scale_multiplier": own.get("timestep_scale_multiplier", 1000.0),
+        "decoder_timestep_scale_multiplier": float(own.get("timestep_scale_multiplier", 1000.0)),
         "decoder_model_output_type": section.only("model_output_type", "x0", "v"),
-        "decoder_num_inference_steps": own.get("default_num_inference_steps", 1),
+        "decoder_num_inference_steps": index(own.get("default_num_inference_steps", 1)),
         "spatial_compression_ratio": geometry.SPACE_SCALE,
         "temporal_compression_ratio": geometry.TIME_SCALE,
     }
+
+
+def _sizes(values: Sequence[Any]) -> tuple[int, int, int]:
+    """Of frames, rows and columns."""
+    time, height, width = map(index, values)
+    return time, height, width
 
 
 def _encoder_padding(own: Section) -> str:
@@ -157,9 +223,7 @@ def _stages(
     section: Section, key: str, compressors: dict[str, str]
 ) -> tuple[tuple[int, ...], list[tuple[str, dict[str, Any]]]]:
     """Residual layers per stage, and the compressing blocks between the stages with their options."""
-    blocks = [
-        (name, options if isinstance(options, dict) else {"num_layers": options}) for name, options in section.need(key)
-    ]
+    blocks = list(_named_blocks(section, key))
     layers, between = blocks[::2], blocks[1::2]
     for name, options in layers:
         if name != "res_x" or options.get("inject_noise", False) or "num_layers" not in options:
@@ -170,6 +234,16 @@ def _stages(
     if len(layers) != len(between) + 1:
         section.refuse(key, [name for name, _ in blocks], "a list that starts and ends with res_x")
     return tuple(options["num_layers"] for _, options in layers), between
+
+
+def _named_blocks(section: Section, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The pairs of a list of blocks; a number in place of options is that of the layers."""
+    blocks = section.need(key)
+    for block in blocks if isinstance(blocks, list) else [blocks]:
+        if not (isinstance(block, list) and len(block) == 2 and isinstance(block[0], str)):
+            section.refuse(key, block, "a list of pairs, each of a name and options")
+        name, options = block
+        yield name, options if isinstance(options, dict) else {"num_layers": options}
 
 
 def _check_scales(section: Section, kinds: Sequence[str]) -> None:
@@ -212,6 +286,7 @@ def audio_vae(section: Section) -> dict[str, Any]:
     }
 
 
+@described
 def log_mel(section: Section) -> LogMel:
     """The mel front end from the section `audio_vae`."""
     parameters, audio = section.below("model", "params"), section.below("preprocessing", "audio")
@@ -221,15 +296,17 @@ def log_mel(section: Section) -> LogMel:
     mel.only("n_mel_channels", bins)
     size = stft.get("filter_length", 1024)
     window = stft.get("win_length", size)
-    return LogMel(
-        sample_rate=rate,
-        n_fft=size,
-        window=None if window == size else window,
-        hop=stft.need("hop_length"),
-        bins=bins,
-        lowest_hz=float(mel.get("mel_fmin", 0)),
-        highest_hz=float(mel.get("mel_fmax", rate / 2)),
-    )
+    front: dict[str, Any] = {
+        "sample_rate": index(rate),
+        "n_fft": index(size),
+        "window": None if window == size else index(window),
+        "hop": index(stft.need("hop_length")),
+        "bins": index(bins),
+        "lowest_hz": float(mel.get("mel_fmin", 0)),
+        "highest_hz": float(mel.get("mel_fmax", rate / 2)),
+    }
+    check_numbers(front, section.where)
+    return LogMel(**front)
 
 
 def has_bandwidth_extension(section: Section) -> bool:
@@ -251,7 +328,8 @@ def stated_rate(section: Section) -> int | None:
 def bandwidth_vocoder(section: Section, in_channels: int, bwe_in_channels: int) -> dict[str, Any]:
     """Arguments of `LTX2VocoderWithBWE` from a section `vocoder` that holds `vocoder` and `bwe`."""
     bwe = section.below("bwe")
-    second = {f"bwe_{key}": value for key, value in _generator(bwe, bwe_in_channels).items()}
+    last = {"final_act_fn": None}  # the sum of both stages is clamped, not the second's share
+    second = {f"bwe_{key}": value for key, value in (_generator(bwe, bwe_in_channels) | last).items()}
     return (
         _generator(section.below("vocoder"), in_channels)
         | second
@@ -279,7 +357,9 @@ def _generator(section: Section, in_channels: int) -> dict[str, Any]:
         "upsample_kernel_sizes": list(section.get("upsample_kernel_sizes", (16, 15, 8, 4, 4))),
         "upsample_factors": list(section.get("upsample_rates", (6, 5, 2, 2, 2))),
         "resnet_kernel_sizes": list(section.get("resblock_kernel_sizes", (3, 7, 11))),
-        "resnet_dilations": [list(dilations) for dilations in section.get("resblock_dilation_sizes", ((1, 3, 5),) * 3)],
+        "resnet_dilations": [
+            list(map(index, dilations)) for dilations in section.get("resblock_dilation_sizes", ((1, 3, 5),) * 3)
+        ],
         "act_fn": "snakebeta" if antialias else "leaky_relu",
         "antialias": antialias,
         "final_act_fn": _final_activation(section),

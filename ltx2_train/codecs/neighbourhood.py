@@ -43,10 +43,8 @@ def _blocks(size: int, span: int, device: torch.device) -> Iterator[tuple[slice,
     for start in range(0, size, QUERIES):
         stop = min(start + QUERIES, size)
         first = [min(max(i - span // 2, 0), size - span) for i in range(start, stop)]
-        keys, begin = (
-            torch.arange(first[0], first[-1] + span, device=device),
-            torch.tensor(first, device=device)[:, None],
-        )
+        begin = torch.tensor(first, device=device)[:, None]
+        keys = torch.arange(first[0], first[-1] + span, device=device)
         yield slice(start, stop), slice(first[0], first[-1] + span), (keys >= begin) & (keys < begin + span)
 
 
@@ -57,7 +55,6 @@ def _tokens(block: Tensor) -> Tensor:
 
 def _mask(time: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """Masks (queries, keys) of the three dims to the one of the block."""
-    box = (
-        time[:, None, None, :, None, None] & height[None, :, None, None, :, None] & width[None, None, :, None, None, :]
-    )
+    plane = height[:, None, :, None] & width[:, None, :]
+    box = time[:, None, None, :, None, None] & plane[:, :, None]
     return box.reshape(len(time) * len(height) * len(width), -1)

@@ -1,8 +1,9 @@
 """The transformer's configuration: the fields of a released checkpoint's header, under their published names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from reprlib import repr as short  # of what a file may hold without end
 from typing import Any
 
 from ltx2_train.errors import CheckpointError, ConfigError
@@ -56,6 +57,12 @@ SECOND_EXTRACTOR = {
     "caption_projection_second_linear": False,
     "caption_proj_input_norm": False,
 }
+_HEAD_WIDTHS = (
+    "attention_head_dim",
+    "audio_attention_head_dim",
+    "connector_attention_head_dim",
+    "audio_connector_attention_head_dim",
+)
 MOST_LISTED = 20  # differences in one message
 
 
@@ -64,6 +71,82 @@ def listed(differences: Iterable[str]) -> str:
     lines = sorted(differences)
     more = f"; and {len(lines) - MOST_LISTED} more" if len(lines) > MOST_LISTED else ""
     return "; ".join(lines[:MOST_LISTED]) + more
+
+
+# --- bounds ---
+
+MAX_WIDTH = 65_536  # of anything that is a dim of a tensor; released models have 4096, times 4 within FFs
+MAX_LAYERS = 512  # released models have 48
+MAX_POSITION = 2**31 - 1
+MAX_NUMBER = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Which values a field may have, and how to say so."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def is_number(value: Any) -> bool:
+    """Not NaN, and of a size that fp32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+
+
+def _whole(most: int) -> Bound:
+    return Bound(f"a whole number from 1 to {most:,}", lambda value: is_whole(value, most))
+
+
+def _or_none(bound: Bound) -> Bound:
+    return Bound(f"{bound.words}, or null", lambda value: value is None or bound.holds(value))
+
+
+def _positions(axes: int) -> Bound:
+    return Bound(
+        f"a list of {axes} whole numbers from 1",
+        lambda value: isinstance(value, list) and len(value) == axes and all(is_whole(v, MAX_POSITION) for v in value),
+    )
+
+
+def _one_of(*names: str) -> Bound:
+    return Bound(" or ".join(map(repr, names)), lambda value: isinstance(value, str) and value in names)
+
+
+_BOUNDS_OF_TYPES: dict[Any, Bound] = {
+    bool: Bound("true or false", lambda value: isinstance(value, bool)),
+    int: _whole(MAX_WIDTH),
+    int | None: _or_none(_whole(MAX_WIDTH)),
+    float: Bound(f"a number above 0, at most {MAX_NUMBER:g}", lambda value: is_number(value) and value > 0),
+}
+_BOUNDS_OF_FIELDS = {
+    "num_layers": _whole(MAX_LAYERS),
+    "connector_num_layers": _whole(MAX_LAYERS),
+    "audio_connector_num_layers": _or_none(_whole(MAX_LAYERS)),
+    "norm_eps": Bound("a number above 0 and below 1", lambda value: is_number(value) and 0 < value < 1),
+    "positional_embedding_theta": Bound(
+        f"a number above 1, at most {MAX_NUMBER:g}", lambda value: is_number(value) and value > 1
+    ),
+    "positional_embedding_max_pos": _positions(3),
+    "audio_positional_embedding_max_pos": _positions(1),
+    "connector_positional_embedding_max_pos": _positions(1),
+    "rope_type": _one_of(*map(str, RopeType)),
+    "frequencies_precision": _one_of("float32", "float64"),
+}
+
+
+def _out_of_bounds(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of fields, each looked at alone."""
+    bounds = {f.name: _BOUNDS_OF_FIELDS.get(f.name) or _BOUNDS_OF_TYPES[f.type] for f in fields(TransformerConfig)}
+    return [
+        f"{name}={short(value)} (needs {bounds[name].words})"
+        for name, value in values.items()
+        if not bounds[name].holds(value)
+    ]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +180,7 @@ class TransformerConfig:
     """Multiplies the other stream's sigma before the audio-video gate's AdaLN. 1000 in every released header."""
     rope_type: RopeType = RopeType.SPLIT
     frequencies_precision: str = "float32"
-    """ "float64" builds the RoPE frequency ladder in fp64; anything else in fp32."""
+    """ "float64" builds the RoPE frequency ladder in fp64, "float32" in fp32."""
     apply_gated_attention: bool = False
     """Per-head output gates in all attentions (2.3, 2.5)."""
     cross_attention_adaln: bool = False
@@ -126,23 +209,32 @@ class TransformerConfig:
     audio_connector_num_layers: int | None = None
 
     def __post_init__(self) -> None:
+        wrong = _out_of_bounds({f.name: getattr(self, f.name) for f in fields(self)}) or list(self._contradictions())
+        if wrong:
+            raise ConfigError(listed(wrong))
         self.rope_type = RopeType(self.rope_type)
+
+    def _contradictions(self) -> Iterator[str]:
+        """What does not fit together among values that are each within their bounds."""
         if self.num_attention_heads != self.audio_num_attention_heads:
-            raise ConfigError(
+            yield (
                 f"audio_num_attention_heads={self.audio_num_attention_heads} must equal "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        self._expect("cross_attention_dim", self.video_width)
-        self._expect("audio_cross_attention_dim", self.audio_width)
+        for name, width in (
+            ("cross_attention_dim", self.video_width),
+            ("audio_cross_attention_dim", self.audio_width),
+        ):
+            if getattr(self, name) != width:
+                yield f"{name}={getattr(self, name)} must equal heads x head width = {width}"
+        for stream, width in (("video", self.video_connector_width), ("audio", self.audio_connector_width)):
+            if width > MAX_WIDTH:
+                yield f"the {stream} connector is {width:,} wide (heads x head width); supported are {MAX_WIDTH:,}"
         if not self.caption_proj_before_connector and self.caption_channels is None:
-            raise ConfigError("caption_channels is required unless caption_proj_before_connector is true")
-        for name in ("attention_head_dim", "audio_attention_head_dim"):
-            if getattr(self, name) % 2:
-                raise ConfigError(f"{name}={getattr(self, name)} must be even: RoPE rotates pairs")
-
-    def _expect(self, name: str, width: int) -> None:
-        if getattr(self, name) != width:
-            raise ConfigError(f"{name}={getattr(self, name)} must equal heads x head width = {width}")
+            yield "caption_channels is required unless caption_proj_before_connector is true"
+        for name in _HEAD_WIDTHS:
+            if (getattr(self, name) or 0) % 2:
+                yield f"{name}={getattr(self, name)} must be even: RoPE rotates pairs"
 
     @property
     def video_width(self) -> int:
@@ -181,23 +273,26 @@ class TransformerConfig:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], source: str = "config.transformer") -> "TransformerConfig":
-        """The configuration of a checkpoint header. Raises `CheckpointError` listing every unsupported or unknown value."""
+        """The configuration of a checkpoint header.
+
+        Raises `CheckpointError` listing every value that is unknown, unsupported, of another type or out of its bound.
+        """
         wrong = [
-            f"{name}={header.get(name)!r} (supported: {value!r})"
+            f"{name}={short(header.get(name))} (supported: {value!r})"
             for name, value in FIXED_FIELDS.items()
-            if header.get(name) != value
+            if header.get(name) != value or isinstance(header.get(name), bool) != isinstance(value, bool)
         ]
         known = {f.name for f in fields(cls)}
-        wrong += [
-            f"{name}={header[name]!r} (unknown)" for name in header.keys() - known - FIXED_FIELDS.keys() - UNREAD_FIELDS
-        ]
+        unknown = header.keys() - known - FIXED_FIELDS.keys() - UNREAD_FIELDS
+        wrong += [f"{name}={short(header[name])} (unknown)" for name in unknown]
+        wrong += _out_of_bounds({name: header[name] for name in header.keys() & known})
         if "audio_num_attention_heads" not in header:
             wrong.append("audio_num_attention_heads is missing")
         if wrong:
             raise CheckpointError(f"{source}: not an architecture of this program: {listed(wrong)}")
         try:
             return cls(**{name: header[name] for name in header.keys() & known})
-        except (ConfigError, ValueError, TypeError) as error:
+        except ConfigError as error:
             raise CheckpointError(f"{source}: {error}") from error
 
     def to_header(self) -> dict[str, Any]:

@@ -15,20 +15,21 @@ from enum import StrEnum
 from functools import partial
 from math import isfinite, sqrt
 from pathlib import Path
+from reprlib import repr as short  # of what a file may hold without end
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ltx2_train.errors import CheckpointError
-from ltx2_train.model.config import listed
+from ltx2_train.model.config import MAX_WIDTH, Bound, is_number, is_whole, listed
 from ltx2_train.model.diffusers_names import (
     connectors_from_diffusers,
     connectors_to_diffusers,
     from_diffusers,
     to_diffusers,
 )
-from ltx2_train.weightfile import Deferred, Stored, WeightFile, open_weights, write_weights
+from ltx2_train.weightfile import Deferred, Stored, WeightFile, check_floating, open_weights, write_weights
 
 
 class LoraForm(StrEnum):
@@ -124,8 +125,8 @@ class LoraFile:
 def read_lora(path: str | Path) -> LoraFile:
     """The adapters of a LoRA file, in the official form or in that of diffusers, with `lora_A`/`lora_down` names alike.
 
-    Raises `CheckpointError` for keys that are no part of an adapter, an A without its B, factors that do not fit each other,
-    and for a file that mixes forms.
+    Raises `CheckpointError` for keys that are no part of an adapter, an A without its B, factors that are integers or do not
+    fit each other, for a header that cannot be read or contradicts them, and for a file that mixes forms.
     """
     file = open_weights(path)
     matches = {key: _KEY.fullmatch(key) for key in file}
@@ -135,8 +136,7 @@ def read_lora(path: str | Path) -> LoraFile:
             "diffusion_model.MODULE (official, ComfyUI) and transformer.MODULE (diffusers) with lora_A and lora_B"
         )
     found = {key: match for key, match in matches.items() if match is not None}
-    if not found:
-        raise CheckpointError(f"{file.path}: no tensors in it. Give a LoRA file")
+    check_floating({key: file[key] for key, match in found.items() if match["part"]}, file.path)
     form = _form(file.path, found.values())
     parts = _by_module(file, found)
     _check_factors(file.path, parts)
@@ -214,20 +214,24 @@ def _scales(file: WeightFile, parts: Mapping[str, Mapping[str, Stored]]) -> tupl
 
 
 def _number(path: Path, module: str, alpha: Stored) -> float:
-    value = alpha.read().float()
-    if value.numel() != 1 or not isfinite(value.item()):
-        raise CheckpointError(f"{path}: the alpha of {module} is not one finite number")
-    return value.item()
+    value = alpha.read().item() if alpha.shape.numel() == 1 else float("nan")
+    if not isfinite(value):
+        raise CheckpointError(f"{path}: the alpha of {module} is not one finite number. Export the file again")
+    return float(value)
 
 
 def _header_scales(file: WeightFile) -> Callable[[str, int], float | None]:
     """A function (module, rank) -> scale, of the header as diffusers writes it; None where that is silent."""
-    header = file.metadata.get(DIFFUSERS_HEADER)
-    if not isinstance(header, dict):
-        return lambda module, rank: None
+    header = _settings(file)
 
     def scale(module: str, rank: int) -> float | None:
         root, name = diffusers_module(module)
+        stated = _pattern_value(header.get(f"{root}.rank_pattern") or {}, name, header.get(f"{root}.r"))
+        if stated not in (None, rank):
+            raise CheckpointError(
+                f"{file.path}: {DIFFUSERS_HEADER} says that {name} has rank {stated}, its tensors have {rank}. "
+                "Header and tensors are of different adapters: export the file again"
+            )
         alpha = _pattern_value(header.get(f"{root}.alpha_pattern") or {}, name, header.get(f"{root}.lora_alpha"))
         if alpha is None:
             return None
@@ -236,9 +240,60 @@ def _header_scales(file: WeightFile) -> Callable[[str, int], float | None]:
     return scale
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(_as_peft(text))
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _patterns(words: str, holds: Callable[[Any], bool]) -> Bound:
+    return Bound(
+        f"an object of regular expressions and {words}",
+        lambda value: isinstance(value, dict) and all(_is_pattern(p) and holds(v) for p, v in value.items()),
+    )
+
+
+def _is_rank(value: Any) -> bool:
+    return is_whole(value, MAX_WIDTH)
+
+
+_SETTINGS = {  # fields of peft's configuration that decide on the change, by what stands behind "transformer."
+    "r": Bound("a whole number above 0", _is_rank),
+    "rank_pattern": _patterns("whole numbers above 0", _is_rank),
+    "lora_alpha": Bound("a finite number", is_number),
+    "alpha_pattern": _patterns("finite numbers", is_number),
+    "use_rslora": Bound("true or false", lambda value: isinstance(value, bool)),
+    "use_dora": Bound("false: DoRA is another change than B @ A, and is not supported", lambda value: value is False),
+}
+
+
+def _settings(file: WeightFile) -> dict[str, Any]:
+    """The header of diffusers, empty where there is none. Raises `CheckpointError` listing what cannot be meant."""
+    header = file.metadata.get(DIFFUSERS_HEADER, {})
+    if not isinstance(header, dict):
+        raise CheckpointError(
+            f"{file.path}: {DIFFUSERS_HEADER} is no JSON object, so the scale of the adapters is unknown. Export it again"
+        )
+    bounds = {f"{root}.{name}": bound for root in ROOTS for name, bound in _SETTINGS.items()}
+    wrong = [
+        f"{key}={short(value)} (needs {bounds[key].words})"
+        for key, value in header.items()
+        if value is not None and key in bounds and not bounds[key].holds(value)
+    ]
+    if wrong:
+        raise CheckpointError(f"{file.path}: {DIFFUSERS_HEADER}: {listed(wrong)}")
+    return header
+
+
+def _as_peft(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
 def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that is the end of the module's name, as peft looks it up."""
-    return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
+    return next((value for pattern, value in patterns.items() if re.match(_as_peft(pattern), name)), default)
 
 
 def _finite(tensor: Stored) -> bool:

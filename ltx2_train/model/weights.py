@@ -6,7 +6,8 @@ diffusers. Out: the official layout. Nothing is read before it is wanted, and th
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from ltx2_train.model.diffusers_names import (
 )
 from ltx2_train.model.generation import UNKNOWN, generation_of
 from ltx2_train.model.transformer import Transformer
-from ltx2_train.weightfile import Finite, Stored, WeightFile, open_weights, write_weights
+from ltx2_train.weightfile import Finite, Stored, WeightFile, check_floating, open_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def load_transformer(
     """
     config, tensors = read_weights(path)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(CONNECTOR_NAMES)}
+    if not own:
+        raise CheckpointError(f"{path}: text connectors and no transformer in it. Give the file of the transformer")
     with torch.device("meta"):
         model = Transformer(config)
     return _filled(model, own, path, dtype, device)
@@ -105,12 +108,7 @@ def read_weights(path: str | Path) -> tuple[TransformerConfig, dict[str, Stored]
         raise CheckpointError(
             f"{path}: no transformer (keys {PREFIX}*) in it; its keys are like {next(iter(keys), '')!r}"
         )
-    packed = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
-    if packed:
-        raise CheckpointError(
-            f"{path}: {len(packed)} weights are quantised in a form that is not read: {listed(packed)}. "
-            "Use the bf16 file, or one in FP8 with scales"
-        )
+    check_floating(tensors, path)
     return config, tensors
 
 
@@ -122,12 +120,33 @@ def fingerprint(path: str | Path) -> str:
 
 def _sources(path: Path) -> tuple[TransformerConfig, list[tuple[WeightFile, OwnName]]]:
     """The architecture, and each file with the function from its keys to our names (None: not ours)."""
+    config, sources = _stated(path)
+    names = [name for file, own_name in sources for name in map(own_name, file) if name is not None]
+    _check_depths(config, names, path)
+    return config, sources
+
+
+def _check_depths(config: TransformerConfig, names: Sequence[str], source: object) -> None:
+    """Raises `CheckpointError` for an architecture with more blocks than there are tensors: building it could take long."""
+    video, audio = (any(name.startswith(part) for name in names) for part in CONNECTOR_NAMES)
+    depths = {
+        "num_layers": config.num_layers if not all(name.startswith(CONNECTOR_NAMES) for name in names) else 0,
+        "connector_num_layers": config.connector_num_layers if video else 0,
+        "audio_connector_num_layers": config.audio_connector_layers if audio else 0,
+    }
+    wrong = [f"{name}={layers}" for name, layers in depths.items() if layers > len(names)]
+    if wrong:
+        raise CheckpointError(f"{source}: its header states {listed(wrong)}, and it holds {len(names)} tensors")
+
+
+def _stated(path: Path) -> tuple[TransformerConfig, list[tuple[WeightFile, OwnName]]]:
+    """What `_sources` gives, as the header has it."""
     if folders := diffusers_folders(path):
         arguments = {name: _read_json(folder / "config.json") for name, folder in folders.items()}
         where = " and ".join(str(folder / "config.json") for folder in folders.values())
         config = config_from_diffusers(arguments.get(TRANSFORMER_CLASS), arguments.get(CONNECTORS_CLASS), where)
         return config, [(open_weights(folder), _DIFFUSERS_NAMES[name]) for name, folder in folders.items()]
-    if (path / "model_index.json").exists():
+    if os.path.isfile(path / "model_index.json"):
         raise CheckpointError(f"{path}: a diffusers pipeline without a {TRANSFORMER_CLASS} in its folder transformer/")
     file = open_weights(path)
     config = TransformerConfig.from_header(file.config("transformer"), f"{path}: config.transformer")
@@ -149,7 +168,7 @@ _DIFFUSERS_NAMES: dict[str, OwnName] = {TRANSFORMER_CLASS: from_diffusers, CONNE
 
 def diffusers_folders(path: Path) -> dict[str, Path]:
     """Class -> folder of the components that we can use, where `path` is a folder of diffusers: of all or of one."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for a name that no file can have, where Path.is_dir raises
         return {}
     candidates = [path, path / "transformer", path / "connectors"]
     classes = {folder: _read_json(folder / "config.json").get("_class_name") for folder in candidates}
@@ -159,8 +178,8 @@ def diffusers_folders(path: Path) -> dict[str, Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
     try:
-        content = json.loads(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     return content if isinstance(content, dict) else {}
 

@@ -7,6 +7,7 @@ token of every layer to unit mean square and projects for each stream. Source: L
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx2_train.errors import CheckpointError
-from ltx2_train.weightfile import FINGERPRINT_BYTES, FP8, Finite, Stored, WeightFile, open_weights
+from ltx2_train.weightfile import FINGERPRINT_BYTES, FP8, Finite, Stored, WeightFile, check_floating, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def open_projection(path: str | Path) -> Projection:
     known by its keys. Raises `CheckpointError` for settings between the two, and for missing, surplus or misshapen tensors.
     """
     path = Path(path)
-    folder = next((f for f in (path, path / "connectors") if (f / "config.json").exists()), None)
+    folder = next((f for f in (path, path / "connectors") if os.path.isfile(f / "config.json")), None)
     found = _from_diffusers(folder) if folder is not None else _from_official(open_weights(path))
     _check_tensors(found)
     return found
@@ -215,7 +216,7 @@ def _from_diffusers(folder: Path) -> Projection:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         version, channels = 2 if config["per_modality_projections"] else 1, config["caption_channels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: not the configuration of text connectors ({error!r}). "
             "Give a diffusers pipeline folder, its connectors folder, or a file in the official layout"
@@ -236,11 +237,17 @@ def _check_tensors(found: Projection) -> None:
         raise CheckpointError(
             f"{found.source}: not the text projection of extractor V{found.version}: {'; '.join(wrong)}"
         )
-    if found.caption_channels and found.input_width % found.caption_channels:
+    check_floating({PREFIX + name: tensor for name, tensor in found.tensors.items()}, found.source)
+    if not _fits(found.caption_channels, found.input_width):
         raise CheckpointError(
             f"{found.source}: the text projection takes {found.input_width} numbers per token, which is no whole number "
-            f"of hidden states of caption_channels={found.caption_channels}"
+            f"of hidden states of caption_channels={found.caption_channels!r}"
         )
+
+
+def _fits(width: Any, input_width: int) -> bool:
+    """Whether hidden states of a width that a header states, if it does, fill the input."""
+    return width is None or (isinstance(width, int) and width > 0 and input_width % width == 0)
 
 
 def _wrong_tensors(found: Projection, wanted: Sequence[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ltx2_train.errors import CheckpointError
-from ltx2_train.weightfile import DTYPES, Deferred, Finite, open_weights, write_weights
+from ltx2_train.weightfile import DTYPES, Deferred, Finite, check_floating, open_weights, write_weights
 
 CPU_DTYPES = [
     torch.float64,
@@ -109,12 +110,39 @@ def test_fp8_weights_come_out_scaled(tmp_path, num_scales):
     assert set(file.stored) == set(tensors)
 
 
-def test_a_scale_of_another_length_is_refused(tmp_path):
-    save_file({"w": torch.ones(6, 4).to(torch.float8_e5m2), "w_scale": torch.ones(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"w_scale is \[3\]; a scale is one number, or one for each of the 6 rows"
-    ):
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1)])
+def test_a_scale_is_one_number_or_one_per_row(tmp_path, shape):
+    scale = torch.rand(shape) + 0.5
+    save_file({"w": torch.ones(4, 4).to(torch.float8_e5m2), "w_scale": scale}, tmp_path / "a.safetensors")
+    expected = scale.reshape(-1, 1).expand(4, 4).bfloat16()
+    assert torch.equal(open_weights(tmp_path / "a.safetensors")["w"].read(), expected)
+
+
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        (torch.ones(3), r"F32 \[3\]"),
+        (torch.ones(1, 4), r"F32 \[1, 4\]"),  # of columns
+        (torch.ones(2, 2), r"F32 \[2, 2\]"),  # of blocks
+        (torch.ones(1, 1), r"F32 \[1, 1\]"),
+        (torch.ones(4, dtype=torch.int32), r"I32 \[4\]"),
+        (torch.ones(4).to(torch.float8_e4m3fn), r"F8_E4M3 \[4\]"),
+    ],
+)
+def test_any_other_scale_is_refused_though_its_numbers_may_be_as_many(tmp_path, scale, told):
+    save_file({"w": torch.ones(4, 4).to(torch.float8_e5m2), "w_scale": scale}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=f"w_scale is {told}; a scale is one .* or one for each of the 4 rows"):
         open_weights(tmp_path / "a.safetensors")
+
+
+def test_weights_that_are_not_floating_point_are_listed():
+    def stored(dtype: torch.dtype) -> Deferred:
+        return Deferred(dtype, torch.Size([2]), lambda: pytest.fail("read"))
+
+    check_floating({"a": stored(torch.float32), "b": stored(torch.bfloat16)}, "file")
+    wrong = {f"w{i:02}": stored(torch.int32) for i in range(22)} | {"bias": stored(torch.bool), "a": stored(torch.half)}
+    with pytest.raises(CheckpointError, match=r"file: 23 weights are .*: w00 is torch.int32; .*; and 3 more\. Use"):
+        check_floating(wrong, "file")
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
@@ -175,13 +203,17 @@ def test_a_cut_file_is_refused(tmp_path, kept):
         open_weights(path)
 
 
-def test_a_file_that_is_cut_while_it_is_open_is_noticed(tmp_path):
+def test_a_file_that_is_cut_or_goes_while_it_is_open_is_noticed(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(100)}, path)
     file = open_weights(path)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="ends inside a; the file was cut"):
         file["a"].read()
+    path.unlink()
+    for read in (file["a"].read, lambda: file["a"].rows(0, 1), lambda: file.fingerprint, file.sha256):
+        with pytest.raises(CheckpointError, match="a.safetensors: cannot be read"):
+            read()
 
 
 DAMAGED = {
@@ -197,6 +229,8 @@ DAMAGED = {
     "fraction": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, "not a safetensors header"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, "not a safetensors header"),
     "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, "not a safetensors header"),
+    "nothing": ({}, "no tensors in it"),
+    "only metadata": ({"__metadata__": {"format": "pt"}}, "no tensors in it"),
     "a list": ([1, 2], "not a safetensors header"),
     "not JSON": (b"{" * 50, "not a safetensors header"),
     "nested without end": (b"[" * 100_000, "not a safetensors header"),
@@ -247,6 +281,23 @@ def test_what_is_not_there_is_named(tmp_path):
         open_weights(tmp_path / "a.safetensors").config("vae")
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "a" * 5000 + ".index.json"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_weights(name)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.safetensors.index.json"])
+def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path, name):
+    """To open a FIFO that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+            open_weights(path)
+    with pytest.raises(CheckpointError, match="null: not a regular file"):
+        open_weights(os.devnull)
+
+
 def sharded(folder: Path) -> tuple[Path, dict[str, str]]:
     *_, index = write_weights(folder / "w.safetensors", {n: torch.ones(4) for n in "abc"}, {}, max_bytes=16)
     return index, json.loads(index.read_text())["weight_map"]
@@ -266,7 +317,11 @@ def test_an_index_that_does_not_match_its_files_is_refused(tmp_path):
     refused({"weight_map": {"a": places["a"], "c": places["a"]}}, "1 tensors are in none of its files, the first is c")
     refused({"weight_map": {"a": "missing.safetensors"}}, "missing.safetensors: cannot be read")
     refused({"weight_map": {"a": "../w.safetensors"}}, "names files outside its own folder")
+    refused({"weight_map": {"a": "nul\0"}}, "cannot be read")
+    refused({"weight_map": {"a": "w" * 5000}}, "cannot be read")
+    refused({"weight_map": {"a": ".."}}, "not a regular file")
     refused({"weight_map": {"a": 1}}, "not an index of safetensors files")
+    refused({"weight_map": {}}, "no tensors in it")
     refused({"metadata": {}}, "not an index of safetensors files")
     refused([1], "not an index of safetensors files")
     (tmp_path / places["b"]).unlink()

@@ -109,6 +109,13 @@ def test_attention_in_the_middle_is_read_from_the_header(altered, parts):
     assert not torch.equal(codec.encoder(mel), peer(parts("2.3")[1]).encoder(mel))
 
 
+def test_who_encodes_does_not_read_the_vocoder(release):
+    codec = load_audio_codec(release("2.3"))
+    codec.encode(sound(), 16000)
+    assert "vocoder" not in vars(codec)
+    assert codec.sample_rate == 48000
+
+
 @pytest.mark.parametrize(("generation", "rate"), [("2.0", 24000), ("2.3", 48000)])
 def test_the_vocoder_is_what_diffusers_makes_of_the_same_weights(release, parts, generation, rate):
     codec, vocoder = load_audio_codec(release(generation)), VOCODERS[generation](parts(generation)[1])
@@ -181,7 +188,7 @@ def test_a_rate_that_the_header_of_a_vocoder_says_holds(altered):
 def test_autocast_changes_nothing(codec):
     latents = codec.encode(sound(0.06), 16000)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(codec.encode(sound(0.06), 16000), latents)
+        assert torch.equal(codec.encode(waveform=sound(0.06), sample_rate=16000), latents)
         inside = codec.decode(latents)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, codec.decode(latents))
@@ -254,6 +261,9 @@ def test_the_released_headers_give_the_known_arguments():
     assert (arguments["attn_resolutions"], arguments["mid_block_add_attention"]) == (None, False)
     vocoder = ltx2_config.bandwidth_vocoder(Section("config.vocoder", full_sections("2.3")["vocoder"]), 128, 128)
     assert (vocoder["final_act_fn"], vocoder["bwe_final_act_fn"], vocoder["final_bias"]) == ("clamp", None, False)
+    silent = full_sections("2.3")["vocoder"]
+    del silent["bwe"]["apply_final_activation"]
+    assert ltx2_config.bandwidth_vocoder(Section("config.vocoder", silent), 128, 128) == vocoder
     first = ltx2_config.vocoder(Section("config.vocoder", full_sections("2.0")["vocoder"]), 128)
     assert (first["final_act_fn"], first["final_bias"], first["act_fn"]) == ("tanh", True, "leaky_relu")
 
@@ -306,9 +316,56 @@ def no_width(sections, tensors):
     del sections["audio_vae"]["model"]["params"]["ddconfig"]["ch"]
 
 
+def flat(sections, tensors):
+    tensors["vocoder.vocoder.conv_pre.weight"] = torch.zeros(3)
+
+
+def whole_numbers(sections, tensors):
+    tensors["vocoder.vocoder.conv_post.weight"] = tensors["vocoder.vocoder.conv_post.weight"].int()
+
+
+def truths(sections, tensors):
+    key = "audio_vae.per_channel_statistics.std-of-means"
+    tensors[key] = tensors[key].bool()
+
+
+def first_rate(value):
+    def change(sections, tensors):
+        sections["vocoder"]["vocoder"]["upsample_rates"][0] = value
+
+    return change
+
+
+def mel_hop(value):
+    def change(sections, tensors):
+        sections["audio_vae"]["preprocessing"]["stft"]["hop_length"] = value
+
+    return change
+
+
+def initial_channels(sections, tensors):
+    sections["vocoder"]["vocoder"]["upsample_initial_channel"] = "x"
+
+
+def residual_blocks(sections, tensors):
+    sections["audio_vae"]["model"]["params"]["ddconfig"]["num_res_blocks"] = 10**7
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (flat, r"1 missing: vocoder\.conv_pre\.weight, a tensor of 3 dims"),
+        (whole_numbers, r"1 weights are .* not read: vocoder\.conv_post\.weight is torch.int32"),
+        (truths, r"1 weights are .* not read: per_channel_statistics\.std-of-means is torch.bool"),
+        (first_rate(-1), r"upsample_factors=\[-1, .*; supported are finite numbers, whole ones from 1 to 1,000,000"),
+        (first_rate(0), r"upsample_factors=\[0, "),
+        (first_rate(10**7), r"upsample_factors=\[10000000, "),
+        (first_rate(999), r"upsample_factors=\[999, .*beyond the kernels"),
+        (first_rate("x"), r"config\.vocoder: no codec can be built from it \(TypeError"),
+        (mel_hop(0), r"hop=0; supported are"),
+        (mel_hop("x"), r"no codec can be built from it"),
+        (initial_channels, r"config\.vocoder: no codec can be built from it \(TypeError"),
+        (residual_blocks, r"num_res_blocks=10000000; supported are .* layers to 64"),
         (no_vocoder, r"no `config\.vocoder`"),
         (missing, r"missing: bwe_generator\.conv_pre\.weight"),
         (surplus, r"1 surplus: encoder\.mid\.attn_1\.q\.weight"),

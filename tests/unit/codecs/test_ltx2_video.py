@@ -4,9 +4,9 @@ import re
 import pytest
 import torch
 
-from ltx2_train.codecs import build_video_codec, load_video_codec, ltx2_config
+from ltx2_train.codecs import build_video_codec, load_video_codec, ltx2, ltx2_config
 from ltx2_train.codecs.ltx2_config import Section
-from ltx2_train.codecs.neighbourhood import neighbourhood_attention
+from ltx2_train.codecs.neighbourhood import NeighbourhoodProcessor, neighbourhood_attention
 from ltx2_train.errors import CheckpointError, ConfigError, DataError
 from ltx2_train.rng import generator
 from ltx2_train.testing.released_codecs import full_sections
@@ -344,9 +344,38 @@ def other_norm(sections, tensors):
     sections["vae"]["norm_layer"] = "group_norm"
 
 
+def whole_numbers(sections, tensors):
+    tensors["vae.encoder.conv_in.conv.bias"] = torch.zeros(8, dtype=torch.int32)
+
+
+def block(value, *place):
+    """Puts a value into the list of the encoder's blocks, or in place of it."""
+
+    def change(sections, tensors):
+        owner, key = sections["vae"], "encoder_blocks"
+        for step in place:
+            owner, key = owner[key], step
+        owner[key] = value
+
+    return change
+
+
+def negative(sections, tensors):
+    sections["vae"]["in_channels"] = -1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (whole_numbers, r"1 weights are .* not read: encoder\.conv_in\.conv\.bias is torch.int32"),
+        (block(None), "encoder_blocks is None; supported is a list of pairs"),
+        (block(["res_x"], 0), r"encoder_blocks is .*res_x.*; supported is a list of pairs"),
+        (block(5, 1), "encoder_blocks is 5; supported is a list of pairs"),
+        (block([], 1, 0), "supported is a list of pairs, each of a name and options"),
+        (block(10**7, 0, 1), r"layers_per_block=\(10000000, .* layers to 64"),
+        (block({"num_layers": "x"}, 0, 1), "no codec can be built from it"),
+        (block({"multiplier": {}}, 1, 1), "config.vae: no codec can be built from it"),
+        (negative, "in_channels=-1; supported are finite numbers, whole ones from 1"),
         (no_config, r"no `config\.vae` in the header"),
         (missing, r"1 missing: decoder\.up_blocks\.8\.res_blocks\.0\.conv1\.conv\.weight"),
         (surplus, r"1 surplus: decoder\.up_blocks\.9\.conv\.conv\.weight"),
@@ -366,6 +395,16 @@ def test_a_file_that_is_not_whole_is_refused(altered, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_video_codec(altered(change))
     assert "altered.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("kernel", [[3, 3], [3, 3, "x"], [3, 3, None], "xxx", [3, 3, -1]])
+@pytest.mark.parametrize("field", ["stage5_kernel", "stage_kernels"])
+def test_windows_that_no_attention_has_are_refused_before_they_are_used(field, kernel):
+    """No tensor has their size, so only the header can tell."""
+    section = full_sections("2.5")["vae"]
+    section["decoder"][field] = kernel if field == "stage5_kernel" else [kernel, *section["decoder"][field][1:]]
+    with pytest.raises(CheckpointError, match="config.vae: "):
+        ltx2.video_modules(Section("config.vae", section))
 
 
 def test_a_cut_file_is_refused(release, tmp_path):
@@ -405,17 +444,33 @@ def diffusion_peer(tensors: dict[str, torch.Tensor]):
     return model.eval().requires_grad_(False)
 
 
+LIBRARY = [pytest.param(False, id="our-attention"), pytest.param(True, id="its-attention", marks=pytest.mark.slow)]
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_the_diffusion_decoder_is_what_diffusers_makes_of_the_same_weights(release, parts):
-    codec, tensors = load_video_codec(release("2.5")), parts("2.5")[1]
+@pytest.mark.parametrize("whole_library", LIBRARY)
+def test_the_diffusion_decoder_is_what_diffusers_makes_of_the_same_weights(release, parts, whole_library):
+    codec, theirs = load_video_codec(release("2.5")), diffusion_peer(parts("2.5")[1])
+    if not whole_library:
+        theirs.set_attn_processor(NeighbourhoodProcessor())
     latents = torch.randn(1, 8, 2, 3, 3, generator=generator(0))
-    raw = codec.unnormalise(latents)
-    theirs = diffusion_peer(tensors).decode(raw, generator=generator(3, "decode")).sample
+    expected = theirs.decode(codec.unnormalise(latents), generator=generator(3, "decode")).sample
     pixels = codec.decode(latents, seed=3)
     assert pixels.shape == (1, 3, 9, 96, 96)
-    torch.testing.assert_close(pixels, theirs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(pixels, expected, atol=2e-5 if whole_library else 0, rtol=0)
     assert torch.equal(codec.decode(latents, seed=3), pixels)
     assert not torch.equal(codec.decode(latents, seed=4), pixels)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("grid", [(3, 3, 3), (5, 6, 9), (1, 9, 17)])
+def test_a_layer_attends_as_the_library_s_does(parts, grid):
+    layer = diffusion_peer(parts("2.5")[1]).decoder.det_stages[0][0].attn
+    layer.kernel_size = (1, 3, 3) if grid[0] == 1 else (3, 3, 3)
+    hidden = torch.randn(2, *grid, 64, generator=generator(0))
+    theirs = layer(hidden)
+    layer.set_processor(NeighbourhoodProcessor())
+    torch.testing.assert_close(layer(hidden), theirs, atol=1e-5, rtol=0)
 
 
 def test_it_decodes_what_is_smaller_than_its_windows(release):

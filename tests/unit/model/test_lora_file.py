@@ -101,9 +101,12 @@ def test_without_alpha_the_scale_is_one_and_that_is_said(tmp_path, caplog):
     assert "does not say which generation" in caplog.text
 
 
+def in_diffusers_form(tensors):
+    return {f"transformer.{peer_key(key.removeprefix('diffusion_model.'))}": t for key, t in tensors.items()}
+
+
 def test_the_scale_of_diffusers_stands_in_its_header(tmp_path):
-    model = tiny_model("2.3")
-    tensors = {f"transformer.{peer_key(k.removeprefix('diffusion_model.'))}": t for k, t in official(model).items()}
+    tensors = in_diffusers_form(official(tiny_model("2.3")))
     header = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"attn1.to_q": 8}}
     save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(header)})
     lora = read_lora(tmp_path / "lora.safetensors")
@@ -112,6 +115,42 @@ def test_the_scale_of_diffusers_stands_in_its_header(tmp_path):
     assert {m: one.scale for m, one in lora.adapters.items() if one.scale != 0.5} == {
         "transformer_blocks.0.attn1.to_q": 2.0
     }
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "lora_adapter_metadata is no JSON object, so the scale of the adapters is unknown"),
+        ("[]", "lora_adapter_metadata is no JSON object"),
+        ({"lora_alpha": "x"}, r"transformer.lora_alpha='x' \(needs a finite number\)"),
+        ({"lora_alpha": [2]}, r"transformer.lora_alpha=\[2\] \(needs"),
+        ({"lora_alpha": float("nan")}, r"transformer.lora_alpha=nan \(needs"),
+        (
+            {"lora_alpha": 2, "alpha_pattern": {"attn(": 1}},
+            r"transformer.alpha_pattern=\{'attn\(': 1\} \(needs an object of reg",
+        ),
+        ({"alpha_pattern": {"attn1": "x"}}, r"alpha_pattern=.* and finite numbers\)"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern=\[1\] \(needs"),
+        ({"r": 0, "use_rslora": "x"}, r"transformer.r=0 \(needs .*; transformer.use_rslora='x' \(needs true or false"),
+        ({"r": 16, "lora_alpha": 2}, "has rank 16, its tensors have 4. Header and tensors are of different adapters"),
+        ({"r": 4, "rank_pattern": {"attn1.to_q": 8}}, "transformer_blocks.0.attn1.to_q has rank 8, its tensors have 4"),
+        ({"r": 4, "lora_alpha": 2, "use_dora": True}, "transformer.use_dora=True .*DoRA is another change"),
+    ],
+)
+def test_a_header_of_diffusers_that_cannot_be_meant_is_refused(tmp_path, header, message):
+    """Read as silence it would give every adapter the scale 1."""
+    text = header if isinstance(header, str) else json.dumps({f"transformer.{k}": v for k, v in header.items()})
+    tensors = in_diffusers_form(official(tiny_model("2.3")))
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(tmp_path / "lora.safetensors")
+
+
+def test_a_header_that_leaves_settings_open_is_silent_about_them(tmp_path):
+    tensors = in_diffusers_form(official(tiny_model("2.3")))
+    header = {"transformer.r": 4, "transformer.lora_alpha": None, "transformer.use_dora": False, "text_encoder.r": "x."}
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    assert read_lora(tmp_path / "lora.safetensors").scales == [1.0]
 
 
 # --- writing ---
@@ -302,6 +341,14 @@ def poisoned(tensors):
         (
             lambda t: t.update({f"diffusion_model.{MODULES[0]}.alpha": torch.tensor(float("inf"))}),
             "not one finite number",
+        ),
+        (
+            lambda t: t.update({f"diffusion_model.{MODULES[0]}.alpha": torch.ones(3)}),
+            "alpha of patchify_proj is not one finite number",
+        ),
+        (
+            lambda t: t.update({k: v.int() for k, v in t.items() if MODULES[0] in k}),
+            r"2 weights are .* not read: diffusion_model.patchify_proj.lora_A.weight is torch.int32",
         ),
         (lambda t: t.clear(), "no tensors"),
     ],

@@ -1,6 +1,6 @@
 """What must hold of the model whatever its weights are."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -240,6 +240,57 @@ def test_headers_go_in_and_out_unchanged():
 def test_an_unknown_architecture_is_refused(change: dict, message: str):
     with pytest.raises(CheckpointError, match=message):
         TransformerConfig.from_header(tiny_header("2.3") | change)
+
+
+FRACTION = 2.5
+JUNK = (None, "x", [], {}, True, -1, 0, FRACTION, float("nan"), float("inf"), 10**400)
+ACCEPTED = {  # of the junk, by field; switches may also be true, and anything else is refused
+    "timestep_scale_multiplier": [FRACTION],
+    "av_ca_timestep_scale_multiplier": [FRACTION],
+    "positional_embedding_theta": [FRACTION],
+    "caption_channels": [None],
+    "audio_connector_num_attention_heads": [None],
+    "audio_connector_attention_head_dim": [None],
+    "audio_connector_num_layers": [None],
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TransformerConfig)])
+def test_every_field_of_a_header_has_a_type_and_a_bound(name: str):
+    header = tiny_header("2.5")
+    is_switch = isinstance(getattr(TransformerConfig.from_header(header), name), bool)
+    accepted = [True] if is_switch else ACCEPTED.get(name, [])
+    for value in JUNK:
+        if any(value is one for one in accepted):
+            assert getattr(TransformerConfig.from_header(header | {name: value}), name) is value
+        else:
+            with pytest.raises(CheckpointError, match=rf"{name}=.* \(needs .*\)"):
+                TransformerConfig.from_header(header | {name: value})
+
+
+def test_all_that_is_out_of_bounds_is_listed_at_once():
+    junk = {
+        "norm_eps": "x",
+        "positional_embedding_max_pos": [],
+        "num_layers": 10**9,
+        "attention_bias": 1,
+        "new": "y" * 99,
+    }
+    with pytest.raises(CheckpointError) as caught:
+        TransformerConfig.from_header(tiny_header("2.3") | junk)
+    for told in (
+        "norm_eps='x' (needs a number above 0 and below 1)",
+        "positional_embedding_max_pos=[] (needs a list of 3 whole numbers from 1)",
+        "num_layers=1000000000 (needs a whole number from 1 to 512)",
+        "attention_bias=1 (supported: True)",
+        "new='yyyyyyyyyyyy...yyyyyyyyyyyyy' (unknown)",
+    ):
+        assert told in str(caught.value)
+    wide = {"connector_num_attention_heads": 60_000, "connector_attention_head_dim": 60_000}
+    with pytest.raises(ConfigError, match="the video connector is 3,600,000,000 wide"):
+        named_config("tiny", wide)
+    with pytest.raises(ConfigError, match="connector_attention_head_dim=7 must be even.*"):
+        named_config("tiny", {"connector_attention_head_dim": 7})
 
 
 def test_perturbing_a_block_that_is_not_there_is_an_error():

@@ -145,6 +145,41 @@ def test_an_architecture_that_is_not_ours_is_refused(tmp_path, change: dict, mes
         load_transformer(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("name", ["num_layers", "connector_num_layers", "audio_connector_num_layers"])
+def test_more_blocks_than_tensors_are_refused_before_they_are_built(tmp_path, name: str, monkeypatch):
+    path = transformer_of(tmp_path, "2.3")
+    tensors, header = load_file(path), open_weights(path).config("transformer")
+    write(path, tensors, header | {name: 500})
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail("a module was built"))
+    for load in (load_transformer, load_connectors, read_config):
+        with pytest.raises(CheckpointError, match=rf"header states .*{name}=500, and it holds \d+ tensors"):
+            load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_weights_that_are_not_floating_point_are_refused(tmp_path, dtype):
+    tensors = official_tensors()
+    tensors[f"{PREFIX}proj_out.bias"] = tensors[f"{PREFIX}proj_out.bias"].to(dtype)
+    write(tmp_path / "m.safetensors", tensors, tiny_header("2.3"))
+    with pytest.raises(CheckpointError, match=f"1 weights are .* not read: proj_out.bias is {dtype}"):
+        load_transformer(tmp_path / "m.safetensors")
+
+
+def test_connectors_alone_are_no_transformer(tmp_path):
+    path = transformer_of(tmp_path, "2.3")
+    own = {key: t for key, t in load_file(path).items() if "_embeddings_connector." in key}
+    write(tmp_path / "c.safetensors", own, open_weights(path).config("transformer"))
+    load_connectors(tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match="text connectors and no transformer in it"):
+        load_transformer(tmp_path / "c.safetensors")
+
+
+def test_a_name_that_no_file_can_have_is_refused():
+    for name in ("a\0b", "a" * 5000):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_transformer(name)
+
+
 def test_a_file_without_an_architecture_or_not_safetensors_is_refused(tmp_path):
     write(tmp_path / "bare.safetensors", official_tensors(), None)
     with pytest.raises(CheckpointError, match="no `config.transformer` in the header"):

@@ -203,6 +203,21 @@ def test_a_projection_that_is_not_whole_is_refused_by_name(tmp_path, generation,
         open_projection(write_file(tmp_path / "w.safetensors", generation, **changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_weights_that_are_not_floating_point_are_refused_by_name(tmp_path, dtype):
+    key = f"{PREFIX}video_aggregate_embed.bias"
+    path = write_file(tmp_path / "w.safetensors", "2.3", **{key: torch.ones(40).to(dtype)})
+    with pytest.raises(CheckpointError, match=f"w.safetensors: 1 weights are .* not read: {key} is {dtype}"):
+        load_feature_extractor(path)
+
+
+@pytest.mark.parametrize("channels", ["x", 0, -36, 36.0, [36], float("nan"), 37])
+def test_a_width_of_hidden_states_that_cannot_be_is_refused(tmp_path, channels):
+    path = write_file(tmp_path / "w.safetensors", "2.3", header("2.3", caption_channels=channels))
+    with pytest.raises(CheckpointError, match="no whole number of hidden states of caption_channels="):
+        open_projection(path)
+
+
 def test_weights_with_nan_are_refused_by_name(tmp_path):
     key = f"{PREFIX}video_aggregate_embed.bias"
     path = write_file(tmp_path / "w.safetensors", "2.3", **{key: torch.full((40,), torch.nan)})
