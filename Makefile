@@ -33,13 +33,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 p
 	$$p $(IS_NEW_ENOUGH) >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format types proof gpu bench clean reinstall
+.PHONY: help setup demo test check lint format types proof proof-engines soak gpu bench clean reinstall
 
 help:  ## this list
 	@echo "ltx2_train: pretrain and fine-tune LTX-2, the open audio-video diffusion transformer"
 	@echo
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
-		while IFS='	' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+		while IFS='	' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "Variables: VENV, PYTHON, TORCH_INDEX, CONSTRAINTS, ARGS (explained at the top of the Makefile)."
 	@echo "Start with 'make demo'; it builds the environment first."
@@ -91,6 +91,12 @@ proof: setup  ## the long proofs: parity, released weights and exactness with th
 	$(BIN)/python -m tests.proofs.weights
 	$(BIN)/python -m tests.proofs.exactness
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+proof-engines: setup  ## parity of both engines in every arrangement, and the kill matrix (needs the extra deepspeed; about 15 minutes)
+	$(BIN)/python -m tests.proofs.engines $(ARGS)
+
+soak: setup  ## a tiny run killed at random moments, twenty times
+	$(BIN)/python -m tests.proofs.soak $(ARGS)
 
 gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
