@@ -20,6 +20,7 @@ class CodecChoice:
     vocoder: str | None
     text: str
     text_weights: str | None
+    text_dtype: torch.dtype | None
     connectors: str | None  # None: features are stored
     quantisation: Quantisation
     widths: tuple[int | None, int | None]
@@ -53,6 +54,7 @@ def build_codecs(choice: CodecChoice) -> Codecs:
         *choice.widths,
         weights=choice.text_weights,
         device=choice.device,
+        dtype=choice.text_dtype,
         quantisation=choice.quantisation,
     )
     if choice.connectors is not None:

@@ -16,10 +16,11 @@ so that training runs without connectors. With --device cuda each worker process
 import json
 import logging
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ TRAIN, HELD_OUT = "train", "heldout"
 BATCH_VALUES = 1 << 24  # pixel values of the windows that go through the video codec together
 BATCH_WINDOWS = 8  # more only misses the caches
 CAPTIONS_TOGETHER = 64  # distinct ones that the text encoder is handed at once
-CAPTIONS_KEPT = 256
+TEXT_KEPT = 1 << 28  # bytes of the text of captions that may come again
 LATENT_STEP = 1 / AUDIO_STEPS_PER_SECOND  # s
 
 
@@ -227,6 +228,7 @@ def codec_choice(config: EncodeConfig) -> CodecChoice:
         vocoder=config.vocoder,
         text=config.text_encoder,
         text_weights=config.text_weights,
+        text_dtype=text_dtype.torch if (text_dtype := _text_dtype(config)) else None,
         connectors=config.connectors or config.text_weights if is_context else None,
         quantisation=config.text_quantisation,
         widths=(config.video_text_width, config.audio_text_width),
@@ -239,7 +241,16 @@ def _codec_dtype(config: EncodeConfig) -> Dtype | None:
     """What a released video codec computes in; the embedded one takes no notice."""
     if config.video_codec in EMBEDDED_CODECS:
         return None
-    return config.codec_dtype or (Dtype.BF16 if config.device.startswith("cuda") else Dtype.FP32)
+    return config.codec_dtype or _dtype_on(config.device)
+
+
+def _text_dtype(config: EncodeConfig) -> Dtype | None:
+    """What a released text encoder computes in, and the connectors behind it; the embedded one takes no notice."""
+    return None if config.text_encoder in EMBEDDED_TEXT else _dtype_on(config.device)
+
+
+def _dtype_on(device: str) -> Dtype:
+    return Dtype.BF16 if device.startswith("cuda") else Dtype.FP32
 
 
 def _settings(config: EncodeConfig, codecs: Codecs) -> dict[str, Any]:
@@ -258,6 +269,7 @@ def _settings(config: EncodeConfig, codecs: Codecs) -> dict[str, Any]:
         "video_codec": codecs.video.name,
         "audio_codec": codecs.audio.name,
         "text_encoder": codecs.text.name,
+        "text_dtype": _text_dtype(config),
         "text_cache": config.text_cache.value,
         "text_quantisation": config.text_quantisation.value,
         "video_text_width": codecs.text.video_width,
@@ -355,27 +367,56 @@ def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
     is_verified = _verify(shard)
     for split in (TRAIN, HELD_OUT):  # while a shard is replaced, the directory is not finished
         (directory / split / MANIFEST_NAME).unlink(missing_ok=True)
-    codecs = build_codecs(codec_choice(config))
     counts: dict[str, int] = {}
     dropped: list[dict[str, str]] = []
-    samples: dict[str, list[Sample]] = {TRAIN: [], HELD_OUT: []}
-    windows = _windows(shard.url, config, counts, dropped, decode=not is_verified)
-    for sample in encode_windows(windows, codecs, config):
-        split = _split(sample.meta["source"], config, shard.held_out)
-        sample.meta["split"] = split
+    held_out: list[Sample] = []  # waits for the end, while the larger split is written as it comes
+    samples = _shard_samples(shard, config, counts, dropped, decode=not is_verified)
+    train, rest = (f"{split}/{job.name}.tar" for split in (TRAIN, HELD_OUT))
+    keys = {train: _write(directory / train, _without_held_out(samples, held_out))}
+    keys[rest] = _write(directory / rest, iter(held_out))
+    digests = {name: file_sha256(str(directory / name)) for name, written in keys.items() if written}
+    return Report(digests, counts, dropped, [key for written in keys.values() for key in written])
+
+
+def _shard_samples(
+    shard: RawShard, config: EncodeConfig, counts: dict[str, int], dropped: list[dict[str, str]], decode: bool
+) -> Iterator[Sample]:
+    """The samples of a raw shard, one at a time; what becomes of its clips is counted and named."""
+    codecs = build_codecs(codec_choice(config))
+    for sample in encode_windows(_windows(shard.url, config, counts, dropped, decode), codecs, config):
+        split = sample.meta["split"] = _split(sample.meta["source"], config, shard.held_out)
         if cut := codecs.text.rows_cut(sample.caption):
             _count(counts, "caption_cut")
             detail = f"kept, but {codecs.text.name} left away the last {cut} rows of its caption"
             dropped.append({"file": sample.key, "shard": shard.url, "reason": "caption_cut", "detail": detail})
         _tally(counts, sample, split)
         _tally_text(counts, sample, codecs, config)
-        samples[split].append(sample)
-    outputs = {f"{split}/{job.name}.tar": kept for split, kept in samples.items() if kept}
-    for name, kept in outputs.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        write_shard(directory / name, kept)
-    digests = {name: file_sha256(str(directory / name)) for name in outputs}
-    return Report(digests, counts, dropped, [sample.key for kept in samples.values() for sample in kept])
+        yield sample
+
+
+def _without_held_out(samples: Iterator[Sample], held_out: list[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        if sample.meta["split"] == HELD_OUT:
+            held_out.append(sample)
+        else:
+            yield sample
+
+
+def _write(path: Path, samples: Iterator[Sample]) -> list[str]:
+    """Writes a shard as its samples come, and returns their keys; none if there is no sample."""
+    first = next(samples, None)
+    if first is None:
+        return []
+    keys: list[str] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_shard(path, _noted(chain([first], samples), keys))
+    return keys
+
+
+def _noted(samples: Iterable[Sample], keys: list[str]) -> Iterator[Sample]:
+    for sample in samples:
+        keys.append(sample.key)
+        yield sample
 
 
 def _verify(shard: RawShard) -> bool:
@@ -660,7 +701,7 @@ def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
 
 def _encode_text(captions: Sequence[str], texts: dict[str, TextFeatures], codecs: Codecs, config: EncodeConfig) -> None:
     """Put the features of the captions into `texts`; those that are there already are not encoded again."""
-    if len(texts) > CAPTIONS_KEPT:
+    if sum(text.video.nbytes + text.audio.nbytes for text in texts.values()) > TEXT_KEPT:
         for caption in texts.keys() - set(captions):
             del texts[caption]
     new = [caption for caption in dict.fromkeys(captions) if caption not in texts]

@@ -336,6 +336,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--null-context", type=Path, help="features of the empty caption: a null_text.safetensors or a .pt"
     )
+    parser.add_argument("--device", default="cpu", help="of the text encoder, where that gives the null context")
     parser.add_argument("--captions", type=Path, help=".csv, .json or .jsonl that the caches were made from")
     parser.add_argument("--fps", type=float, help="rate of samples whose file has none; None: they are dropped")
     text = "s by which sound may end before the picture; beyond, the sample is kept without"
@@ -369,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = read_captions(o.captions) if o.captions else None
     if captions is None:
         log.warning("The folder does not hold the captions: they stay empty, their features are there. Give --captions")
-    origin = known_origin(o.folder, o.video_codec, o.audio_codec, o.text_encoder, o.text_weights, o.null_context)
+    places = o.video_codec, o.audio_codec, o.text_encoder, o.text_weights, o.null_context
+    origin = known_origin(o.folder, *places, o.device)
     counts = import_precomputed(o.folder, o.out, config, origin, captions, o.workers, o.replace)
     caches = counts.pop(CACHE_BYTES)
     print(table(f"imported into {o.out}", counts))

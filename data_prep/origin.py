@@ -67,15 +67,16 @@ def known_origin(
     text_encoder: str,
     text_weights: str | None = None,
     null_context: Path | None = None,
+    device: str = "cpu",
 ) -> Origin:
     """What made the caches of a `.precomputed` folder, from the paths or names that the user gives.
 
     The null context comes from `null_context`; else from the folder, where that can be seen there (`common_first_row`);
-    else from the text encoder, where its path is given; else it has no row, which is said.
+    else from the text encoder on `device`, in bf16, where its path is given; else it has no row, which is said.
     """
     texts = list(_probe_texts(list_folder(folder).entries))
     widths = _widths(texts, folder)
-    encoder = None if text_encoder.startswith(UNKNOWN) else _text_encoder(text_encoder, text_weights, widths)
+    encoder = None if text_encoder.startswith(UNKNOWN) else _text_encoder(text_encoder, text_weights, widths, device)
     null = read_null_context(null_context) if null_context is not None else common_first_row(texts)
     if null is None and encoder is not None:
         [null] = encoder.encode([""])
@@ -101,17 +102,16 @@ def known_origin(
 
 _NO_NULL = (
     "The features of the empty caption are not known: caption dropout and guidance away from the empty caption cannot be "
-    "used with this dataset. The same command with --null-context FILE, or --text-encoder PATH, adds them; nothing is "
-    "imported again"
+    "used with this dataset. The same command with --null-context FILE adds them; nothing is imported again"
 )
 
 
 def _codec_name(value: str, kind: str) -> str:
-    from ltx2_train.codecs import build_audio_codec, build_video_codec
+    from ltx2_train.codecs import name_of_audio_codec, name_of_video_codec
 
     if value.startswith(UNKNOWN):
         return _unknown(value, f"{kind} codec")
-    return build_video_codec(value).name if kind == "video" else build_audio_codec(value).name
+    return name_of_video_codec(value) if kind == "video" else name_of_audio_codec(value)
 
 
 def _unknown(value: str, kind: str) -> str:
@@ -122,10 +122,11 @@ def _unknown(value: str, kind: str) -> str:
     return value
 
 
-def _text_encoder(value: str, weights: str | None, widths: tuple[int, int]) -> TextEncoder:
+def _text_encoder(value: str, weights: str | None, widths: tuple[int, int], device: str) -> TextEncoder:
     from ltx2_train.text import build_text_encoder
 
-    return build_text_encoder(value, *widths, weights=weights)
+    # bf16 as the reference's captions, and half of the memory: it is one row at most
+    return build_text_encoder(value, *widths, weights=weights, device=device, dtype=torch.bfloat16)
 
 
 def _probe_texts(entries: list[Entry]) -> Iterator[TextFeatures]:

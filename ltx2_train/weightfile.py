@@ -10,7 +10,7 @@ import operator
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -421,24 +421,50 @@ def write_weights(
     """Writes the tensors one at a time, complete or not at all; returns the files, the index last where there is one.
 
     Above `max_bytes` of data the tensors go to `NAME-00001-of-0000N.safetensors` and an index beside them; every file
-    carries the metadata. Tensors keep the order of the mapping.
+    carries the metadata. Tensors keep the order of the mapping. Files get their names when all of them are written; when
+    that fails, what is there is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    parts, index = planned_files(path, tensors, max_bytes), index_path(path)
+    files = [*parts, index] if len(parts) > 1 else [*parts]
+    with _all_or_nothing(files) as partials:
+        for file, keys in parts.items():
+            _write_file(partials[file], {key: tensors[key] for key in keys}, metadata)
+        if index in files:
+            places = {key: file.name for file, keys in parts.items() for key in keys}
+            total = sum(_nbytes(tensor) for tensor in tensors.values())
+            partials[index].write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
+    return files
+
+
+def index_path(path: Path) -> Path:
+    """Where the index of `path` lies when it is written in several files."""
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.safetensors.index.json")
+
+
+def planned_files(
+    path: Path, tensors: Mapping[str, Tensor | Stored], max_bytes: int | None = None
+) -> dict[Path, list[str]]:
+    """The files that `write_weights` makes, each with the keys of its tensors; without the index."""
     parts = _parts(tensors, max_bytes)
     if len(parts) == 1:
-        _write_file(path, tensors, metadata)
-        return [path]
+        return {path: parts[0]}
     stem = path.name.removesuffix(".safetensors")
     names = [f"{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    for name, part in zip(names, parts, strict=True):
-        _write_file(path.with_name(name), {key: tensors[key] for key in part}, metadata)
-    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
-    index = path.with_name(f"{stem}.safetensors.index.json")
-    partial = index.with_name(f".{index.name}.partial")
-    total = sum(_nbytes(tensor) for tensor in tensors.values())
-    partial.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
-    partial.replace(index)
-    return [*(path.with_name(name) for name in names), index]
+    return {path.with_name(name): part for name, part in zip(names, parts, strict=True)}
+
+
+@contextmanager
+def _all_or_nothing(files: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """What to write for each file; they get their names at the end, in this order, and go away when anything fails."""
+    partials = {file: file.with_name(f".{file.name}.partial") for file in files}
+    try:
+        yield partials
+        for file, partial in partials.items():
+            partial.replace(file)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def _parts(tensors: Mapping[str, Tensor | Stored], max_bytes: int | None) -> list[list[str]]:
@@ -454,7 +480,6 @@ def _parts(tensors: Mapping[str, Tensor | Stored], max_bytes: int | None) -> lis
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, tensor in tensors.items():
@@ -462,7 +487,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor | Stored], metadata: Ma
         header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with partial.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for key, tensor in tensors.items():
             value = tensor if isinstance(tensor, Tensor) else tensor.read()
@@ -471,7 +496,6 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor | Stored], metadata: Ma
             file.write(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _nbytes(tensor: Tensor | Stored) -> int:

@@ -59,16 +59,25 @@ class Components:
         names = {name: getattr(manifest, name) for name in PROVENANCE}
         return cls(resolved(config, manifest.settings.get(PATHS, {})), names, device)
 
-    def codecs(self) -> "Codecs":
-        """Video and audio codec. Raises `ConfigError` when their place is not known or other ones lie there."""
-        from ltx2_train.codecs import build_audio_codec, build_video_codec
+    def codecs(self, tile: tuple[int, int] | None = None) -> "Codecs":
+        """Video and audio codec, of released ones the video codec in bf16 on a GPU and all else in fp32.
+
+        `tile`: (size, overlap) in pixels, to decode pictures in pieces. Raises `ConfigError` when their place is not known
+        or other ones lie there, or for a tile where the video codec has none.
+        """
+        import torch
+
+        from ltx2_train.codecs import Ltx2VideoCodec, build_audio_codec, build_video_codec
         from ltx2_train.evals.samples import Codecs
 
-        video = build_video_codec(self._place("video_codec"), device=self.device)
+        dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else None
+        video = build_video_codec(self._place("video_codec"), device=self.device, dtype=dtype)
         audio = build_audio_codec(self._place("audio_codec"), vocoder=self.places.vocoder, device=self.device)
         self._check("video_codec", video.name)
         self._check("audio_codec", audio.name)
-        return Codecs(video, audio)
+        if tile is not None and not isinstance(video, Ltx2VideoCodec):
+            raise ConfigError(f"--tile: {video.name} decodes a clip as a whole. Leave it out")
+        return Codecs(video, audio, tile)
 
     def text_encoder(self) -> "TextEncoder":
         """The text encoder, with the connectors behind it where the dataset holds contexts. Raises as `codecs`."""

@@ -1,5 +1,6 @@
 """A text encoder with the connectors of a released file behind it, for data that hold contexts in the place of features."""
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -9,6 +10,7 @@ from ltx2_train.errors import CheckpointError
 from ltx2_train.model.connector import Connectors
 from ltx2_train.model.weights import CONNECTOR_NAMES, load_connectors, read_weights
 from ltx2_train.text import ContextEncoder, TextEncoder, fingerprint_of
+from ltx2_train.weightfile import Stored
 
 
 def context_encoder(features: TextEncoder, path: str, device: str) -> ContextEncoder:
@@ -26,7 +28,7 @@ def context_encoder(features: TextEncoder, path: str, device: str) -> ContextEnc
             f"{path}: its connectors take features of widths {needed}, the text encoder {features.name} gives {found}. "
             "Give the connectors of the checkpoint that the text projection is from"
         )
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(CONNECTOR_NAMES)}
+    own = _connectors_of(tensors)
     if not own:
         raise CheckpointError(
             f"{path}: no text connectors in it, which make contexts of features. Give the file that has them: the whole "
@@ -41,6 +43,16 @@ def context_encoder(features: TextEncoder, path: str, device: str) -> ContextEnc
         return connectors()(video.to(device), audio.to(device), mask.to(device), size)
 
     return ContextEncoder(features, connect, fingerprint_of(own))
+
+
+def connectors_name(path: str) -> str | None:
+    """The last part of the name of contexts that the connectors of a file or folder make; None where it has none."""
+    own = _connectors_of(read_weights(path)[1])
+    return f"connectors:{fingerprint_of(own)[:12]}" if own else None  # as `ContextEncoder` has it
+
+
+def _connectors_of(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(CONNECTOR_NAMES)}
 
 
 def _dtype_on(device: str) -> torch.dtype:

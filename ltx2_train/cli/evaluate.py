@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampled clips (0)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which are sampled (ema)")
     p.add_argument("--profile", metavar="NAME", help="sampler profile (the one stored with the run)")
+    p.add_argument("--base", type=Path, metavar="PATH", help="the released weights the run started from (as it says)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where samples go (RUN/evals/samples-STEP)")
     return p
 
@@ -71,7 +72,8 @@ def evaluate(options: argparse.Namespace, world: "World") -> Iterable[str]:
 
     checkpoint, run_dir = find_checkpoint(options.run), run_directory(options.run)
     for weights in sorted(WEIGHTS, key=lambda name: name == options.weights):  # those to be sampled come last
-        trained = load_trained(checkpoint, weights=weights, profile_name=options.profile, device=world.device)
+        common = {"profile_name": options.profile, "base": options.base, "device": world.device}
+        trained = load_trained(checkpoint, weights=weights, **common)
         dataset = _dataset(options, trained)
         if trained.weights == weights:  # a run without a moving average has one kind only
             yield _heldout_line(trained, _heldout(options, trained, dataset, world, run_dir))

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(options: argparse.Namespace) -> Iterable[str]:
     """Writes the form that is asked for; the lines to print."""
     _check_place(options)
+    _check_free([options.out, _report_path(options), *([_card_path(options)] if options.card else [])])
     source = open_source(options.run, options.weights, options.base)
     _check_form(options.to, source)
     base = open_base(options.base, source)
@@ -258,16 +259,20 @@ class Work:
     def _write_model(self, tensors: "dict[str, Stored]", metadata: dict[str, str]) -> list[Path]:
         from ltx2_train.model.export import official_layout, write_diffusers
         from ltx2_train.model.lora import config_of
-        from ltx2_train.weightfile import write_weights
+        from ltx2_train.weightfile import index_path, planned_files, write_weights
 
         config, out, gigabytes = config_of(self.model), self.options.out, self.options.max_shard_gb
         if self.options.to == "diffusers":
             projections = {} if self.base is None else self.base.projections
+            if not projections:
+                _check_connectors(self.model, self.source)
             max_bytes = int((gigabytes or DIFFUSERS_SHARD_GB) * GB)
             return write_diffusers(out, config, tensors, projections, metadata, max_bytes=max_bytes)
         with_siblings = self.options.to != "transformer"
         keys, header = official_layout(config, tensors, self.base, with_siblings=with_siblings)
-        return write_weights(out, keys, header | metadata, max_bytes=int(gigabytes * GB) if gigabytes else None)
+        limit = int(gigabytes * GB) if gigabytes else None
+        _check_free([*planned_files(out, keys, limit), index_path(out)])
+        return write_weights(out, keys, header | metadata, max_bytes=limit)
 
     def adapters(self) -> "dict[str, Adapter]":
         """The run's adapters by module; empty for a full fine-tune."""
@@ -332,8 +337,7 @@ def _write_report(work: Work, files: Sequence[Path]) -> Path:
 
     from ltx2_train.evals.files import write_json
 
-    out = work.options.out
-    path = out.with_name(f"{out.name}.report.json")
+    out, path = work.options.out, _report_path(work.options)
     written = {"form": work.options.to, "files": {str(f.relative_to(out.parent)): f.stat().st_size for f in files}}
     write_json(path, {**written, **asdict(work.provenance), "streams": work.coverage.report()})
     return path
@@ -351,13 +355,22 @@ def _check_place(options: argparse.Namespace) -> None:
             raise ConfigError(f"--out {out}: the diffusers form is a folder. Give a name without .safetensors")
     elif out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: give a name that ends in .safetensors")
-    taken = [out, out.with_name(f"{out.name}.index.json"), *([_card_path(options)] if options.card else [])]
-    if there := [path for path in taken if path.exists()]:
-        raise ConfigError(f"{there[0]} exists. Move it away, or write elsewhere with --out")
     for name in ("max_shard_gb", "reference_downscale", "reference_temporal"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: needs to be above 0")
+
+
+def _check_free(files: Iterable[Path]) -> None:
+    """Raises `ConfigError` where something would be written over."""
+    from ltx2_train.errors import ConfigError
+
+    if there := [path for path in files if path.exists()]:
+        raise ConfigError(f"{there[0]} exists. Move it away, or write elsewhere with --out")
+
+
+def _report_path(options: argparse.Namespace) -> Path:
+    return options.out.with_name(f"{options.out.name}.report.json")
 
 
 def _card_path(options: argparse.Namespace) -> Path:
@@ -372,6 +385,17 @@ def _check_form(form: str, source: Source) -> None:
         raise ConfigError(f"--to {form}: {source.directory} trained all weights, there are no adapters. Use --to full")
     if source.job.lora is not None and form == "full":
         raise ConfigError(f"--to full: {source.directory} trained adapters. Use --to merged, or --to lora")
+
+
+def _check_connectors(model: "nn.Module", source: Source) -> None:
+    """Raises `ConfigError` where connectors would be left out that are not those of any base."""
+    from ltx2_train.errors import ConfigError
+
+    if any("_embeddings_connector." in name for name, p in model.named_parameters() if p.requires_grad):
+        raise ConfigError(
+            f"--to diffusers: {source.directory} trained the connectors, which diffusers keeps with the text projections, "
+            "and there are none. Give --base a file with text_embedding_projection.*, or use --to transformer"
+        )
 
 
 def _check_card(source: Source) -> None:

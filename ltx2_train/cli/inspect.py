@@ -19,9 +19,9 @@ architecture in the header, how many parameters in which precision; of a LoRA it
 
 FILE is a .safetensors file, the index or the folder of one in parts, or a folder of diffusers. Only the header and the
 first 4 KiB of every tensor are read, so 40 GB take seconds. The generation is told by the architecture; model_version
-is what the header claims. The fingerprint is SHA-256 over what was read (of a folder of diffusers: of its transformer):
-it names the base of a LoRA and stands in the records of runs. --hash reads everything, to compare with the hash that a
-publisher gives."""
+is what the header claims. The fingerprint is SHA-256 over what was read (of a folder of diffusers: of its transformer and
+connectors): it names the base of a LoRA and stands in the records of runs. --hash reads everything, to compare with the
+hash that a publisher gives."""
 EPILOG = """\
 examples:
   ltx2-inspect ltx-2.3-22b-dev.safetensors

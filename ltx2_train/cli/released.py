@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,18 +18,28 @@ from ltx2_train.model.generation import UNKNOWN, generation_of
 SIZE = {"frames": 121, "width": 768, "height": 512, "fps": 24.0}  # of the reference's first stage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Released:
     """A model of published files, and the frozen parts around it."""
 
-    model: nn.Module
+    weights: Path
+    loras: Sequence[tuple[Path, float]]
     profile: SamplerProfile
     components: Components
+    device: torch.device
     dtype: torch.dtype
     title: str
     keyframe_marker: bool
     size: dict[str, float]
     """Frames, width, height and fps of a clip where they are not given."""
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Filled when it is asked for first, so that what is needed before it alone does not lie beside it."""
+        model = _filled(_model_config(self.weights), self.dtype, self.device)
+        for path, strength in self.loras:
+            fuse_lora(model, path, strength)
+        return model
 
 
 def load_released(
@@ -44,25 +55,27 @@ def load_released(
     Parts without a place of their own are looked for in `weights`, which holds all of 2.0 and 2.3 but the language model.
     Raises `CheckpointError`, and `ConfigError` for a generation that has no sampler profile.
     """
-    config = ModelConfig(weights=str(weights), train_connectors=False)
-    architecture, device = transformer_config(config), torch.device(device)
+    architecture, device = transformer_config(_model_config(weights)), torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generation = generation_of(architecture)
     if profile_name is None and generation == UNKNOWN:
         raise ConfigError(f"{weights}: a mixture of generations, so no sampler profile fits. Name one with --profile")
-    model = _filled(config, dtype, device)
-    for path, strength in loras:
-        fuse_lora(model, path, strength)
     parts = ("video_codec", "audio_codec", "text_weights", "connectors")
     return Released(
-        model=model,
+        weights=weights,
+        loras=tuple(loras),
         profile=profile(profile_name or f"ltx2_{generation}"),
         components=Components(resolved(components, dict.fromkeys(parts, str(weights))), device=device),
+        device=device,
         dtype=dtype,
         title=f"LTX-{generation} of {weights.name}" + "".join(f" + {path.name} x {s:g}" for path, s in loras),
         keyframe_marker=architecture.use_keyframes_abs_pos_embedding,
         size=dict(SIZE),
     )
+
+
+def _model_config(weights: Path) -> ModelConfig:
+    return ModelConfig(weights=str(weights), train_connectors=False)
 
 
 def _filled(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

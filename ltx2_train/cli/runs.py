@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,37 @@ import torch
 from torch import nn
 
 from ltx2_train.cli.components import Components, ComponentsConfig, resolved
+from ltx2_train.cli.provenance import check_base
 from ltx2_train.cli.schema import TrainJob, job_from_text, plain
 from ltx2_train.cli.train import build
 from ltx2_train.data.datasets import PROVENANCE
 from ltx2_train.diffusion.profiles import SamplerProfile, profile
 from ltx2_train.distributed.fsdp2 import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
-from ltx2_train.model.build import initial_weights
+from ltx2_train.model.build import initial_weights, transformer_config
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
 
 WEIGHTS = ("ema", "raw")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trained:
     """The model of a checkpoint, and what it was trained with."""
 
-    model: nn.Module
+    checkpoint: Path
     job: TrainJob
     step: int
     weights: str  # "ema" or "raw"
     profile: SamplerProfile
     provenance: dict[str, Any]  # names of codecs and text encoder, and the widths of the text features
     components: Components
+    device: torch.device
     dtype: torch.dtype
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Filled when it is asked for first, so that what is needed before it alone does not lie beside it."""
+        return _model(self.job, self.checkpoint, self.weights, self.dtype, self.device)
 
     @property
     def title(self) -> str:
@@ -42,7 +50,7 @@ class Trained:
     @property
     def keyframe_marker(self) -> bool:
         """Whether the model was trained with marked first frames."""
-        return bool(self.model.config.use_keyframes_abs_pos_embedding)  # type: ignore[union-attr]
+        return transformer_config(self.job.model).use_keyframes_abs_pos_embedding
 
 
 def find_checkpoint(directory: Path) -> Path:
@@ -71,13 +79,14 @@ def load_trained(
     weights: str = "ema",
     profile_name: str | None = None,
     components: ComponentsConfig | None = None,
+    base: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Trained:
     """The model of the newest complete checkpoint in `directory`, ready to be called, in bf16 on a GPU and fp32 elsewhere.
 
     `weights`: the moving average ("ema") or the trained weights themselves ("raw"); a run without an average has only the
-    latter. `components`: where the frozen parts lie, if not where the run found them. The checkpoint's hashes are verified
-    first. Raises `CheckpointError` and `ConfigError`.
+    latter. `components`: where the frozen parts lie, if not where the run found them; `base`: where the weights do that it
+    started from. The checkpoint's hashes are verified first. Raises `CheckpointError` and `ConfigError`.
     """
     checkpoint, device = find_checkpoint(directory), torch.device(device)
     if weights not in WEIGHTS:
@@ -87,19 +96,36 @@ def load_trained(
     stored_profile, recorded = settings.pop("sampler_profile"), settings.pop("provenance")
     provenance = {name: recorded[name] for name in PROVENANCE}
     job = job_from_text(json.dumps({"defaults": [], **settings}), str(checkpoint / CONFIG))
+    _place_base(job, base, recorded.get("base"), directory)
     weights = weights if job.ema is not None else "raw"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     places = resolved(components or ComponentsConfig(), plain(job.components))
     return Trained(
-        model=_model(job, checkpoint, weights, dtype, device),
+        checkpoint=checkpoint,
         job=job,
         step=read_manifest(checkpoint)["step"],
         weights=weights,
         profile=profile(profile_name) if profile_name else SamplerProfile.from_dict(stored_profile),
         provenance=provenance,
         components=Components(places, provenance, device),
+        device=device,
         dtype=dtype,
     )
+
+
+def _place_base(job: TrainJob, base: Path | None, recorded: str | None, run: Path) -> None:
+    """Has the job's weights lie at `base` where that is given. Raises unless what the run started from is there."""
+    start = job.model.weights
+    if start is None:
+        if base is not None:
+            raise ConfigError(f"--base {base}: {run} started from scratch. Drop --base")
+        return
+    job.model.weights = start if base is None else str(base)
+    if not Path(job.model.weights).exists():
+        raise ConfigError(
+            f"{run} started from {job.model.weights}, which is not there. Give --base with that file's place"
+        )
+    check_base(job.model.weights, recorded, run)
 
 
 def _model(job: TrainJob, checkpoint: Path, weights: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

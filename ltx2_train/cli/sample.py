@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", metavar="NAME", help="sampler profile (the one stored with the run)")
     p.add_argument("--steps", type=int, metavar="N", help="sampler steps (those of the profile)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average or trained weights (ema)")
+    p.add_argument("--base", type=Path, metavar="PATH", help="the released weights that RUN started from (as it says)")
+    p.add_argument(
+        "--tile", type=_tile, metavar="SIZE,OVERLAP", help="decode pictures in pieces of so many pixels: less memory"
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="where the mp4 files go (RUN/samples, or ./samples)")
     p.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:X]", help="LoRA on released weights, strength X (1)"
@@ -91,13 +95,15 @@ def sample(options: argparse.Namespace) -> Iterable[str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_model(options, device)
-    profile, codecs, requests = _profile(options, source), source.components.codecs(), _requests(options, source)
+    profile, requests = _profile(options, source), _requests(options, source)
+    _free()  # the text encoder, which is as large as the model, before that is filled
+    model, codecs = source.model, source.components.codecs(options.tile)
     yield f"{source.title}, profile {profile.name} ({profile.steps} steps), on {device}"
     directory = _directory(options)
     for prompt, request in requests:
         begin = time.perf_counter()
         latents = generate(
-            source.model,
+            model,
             request,
             profile,
             device=device,
@@ -121,10 +127,23 @@ def open_model(options: argparse.Namespace, device: str) -> "Trained | Released"
 
     common: dict[str, Any] = {"profile_name": options.profile, "components": _components(options), "device": device}
     if not is_run(options.model):
+        if options.base is not None:
+            raise ConfigError(f"--base {options.base}: {options.model} is no run. Drop --base")
         return load_released(options.model, loras=[_lora(text) for text in options.lora], **common)
     if options.lora:
         raise ConfigError("--lora goes with released weights; export the run first (ltx2-export) to add a LoRA to it")
-    return load_trained(options.model, weights=options.weights, **common)
+    return load_trained(options.model, weights=options.weights, base=options.base, **common)
+
+
+def _free() -> None:
+    """Gives back the memory of what is no longer used."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_run(path: Path) -> bool:
@@ -143,9 +162,15 @@ def _components(options: argparse.Namespace) -> "ComponentsConfig":
 def _lora(text: str) -> tuple[Path, float]:
     """FILE or FILE:STRENGTH."""
     name, colon, strength = text.rpartition(":")
-    if colon and re.fullmatch(r"-?\d+(\.\d*)?", strength):
-        return Path(name), float(strength)
-    return Path(text), 1.0
+    try:
+        return (Path(name), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:  # a colon of the name itself
+        return Path(text), 1.0
+
+
+def _tile(text: str) -> tuple[int, int]:
+    size, overlap = map(int, text.split(","))
+    return size, overlap
 
 
 def _directory(options: argparse.Namespace) -> Path:

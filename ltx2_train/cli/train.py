@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ltx2_train.cli.entry import launch, set_up_logging
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ltx2_train.weightfile import Stored
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HEADER = """\
 ltx2-train [GROUP=OPTION ...] [SETTING=VALUE ...]
@@ -109,6 +112,7 @@ def build_trainer(
     from ltx2_train.diffusion.objective import Objective
     from ltx2_train.diffusion.profiles import profile
     from ltx2_train.distributed.sequence import GroupBatches
+    from ltx2_train.distributed.world import agreed
     from ltx2_train.model.build import context_tokens, transformer_config
     from ltx2_train.train.checkpoint import Checkpointer
     from ltx2_train.train.ema import Ema
@@ -119,23 +123,30 @@ def build_trainer(
     from ltx2_train.train.throughput import batch_load, training_flops
     from ltx2_train.train.trainer import Trainer
 
-    run_dir, config = Path(job.train.run_dir), transformer_config(job.model)
+    run_dir = Path(job.train.run_dir)
     check_streams(job)
     check_sequence(job)
-    datasets, heldout = open_datasets(job, config)
+    settle_places(job)
+    config = agreed(world, lambda: transformer_config(job.model))
+    datasets, heldout = agreed(world, lambda: open_datasets(job, config))
     manifest = datasets[0].manifest
     made_with = {name: getattr(manifest, name) for name in PROVENANCE}
     job.components = resolved(job.components, manifest.settings.get(PATHS, {}))
-    provenance = {**made_with, "base": base_fingerprint(job)}
+    rollback = before.rollback if before is not None else None
+    origin = agreed(world, lambda: checkpoint_to_resume(job, rollback) if world.is_main else None)
+    origin = world.broadcast_object(origin)
+    known_as = agreed(world, lambda: identity(job, datasets, origin))
+    provenance = {**made_with, "base": known_as["model.weights"]}
     settings = plain(job) | {"sampler_profile": profile(job.evaluation.profile).to_dict(), "provenance": provenance}
     marker = config.use_keyframes_abs_pos_embedding
     objective = Objective(job.objective, datasets[0].null_text, marker)
-    rollback = before.rollback if before is not None else None
-    engine = open_engine(job, world) if before is None else before.engine
+    engine = open_engine(job, world, resumed=origin is not None) if before is None else before.engine
     ema = Ema(engine.shards(), job.ema) if job.ema is not None else None
     keep = {"keep_last": job.train.keep_last, "keep_every": job.train.keep_every}
-    checkpoints = Checkpointer(run_dir, world, identity=identity(job, datasets), **keep)
-    restored = resume(job, checkpoints, engine, ema, rollback)
+    checkpoints = Checkpointer(run_dir, world, identity=known_as, **keep)
+    fixed = rollback is not None or job.train.resume != "auto"  # else an older one may stand in for a damaged one
+    anew = origin is None and job.train.resume == "never"
+    restored = None if anew else resume(checkpoints, engine, ema, origin if fixed else None)
     state = TrainState() if restored is None else TrainState.from_dict(restored.state["train"])
     state = state if rollback is None else state.rolled_back(rollback.keys)
     state = replace(state, skipped=tuple(sorted({*state.skipped, *job.data.skip})))
@@ -180,11 +191,35 @@ def build_trainer(
     )
 
 
+def settle_places(job: "TrainJob") -> None:
+    """Makes the places of weights absolute: what the run records of them holds in any working directory."""
+    if job.model.weights is not None:
+        job.model.weights = str(Path(job.model.weights).absolute())
+    if job.lora is not None and job.lora.weights is not None:
+        job.lora.weights = str(Path(job.lora.weights).absolute())
+
+
 def base_fingerprint(job: "TrainJob") -> str | None:
     """Of the weights that the run starts from: what they are, wherever they lie. None: from scratch."""
     from ltx2_train.model.weights import fingerprint
 
     return None if job.model.weights is None else fingerprint(job.model.weights)
+
+
+def adapters_fingerprint(job: "TrainJob", origin: Path | None) -> str | None:
+    """Of the LoRA file that the run starts from; None: of none.
+
+    A run that goes on has its adapters in the checkpoint `origin`: where the file is gone, what is noted there stands.
+    """
+    from ltx2_train.train.checkpoint import read_manifest
+    from ltx2_train.weightfile import open_weights
+
+    if job.lora is None or job.lora.weights is None:
+        return None
+    noted = None if origin is None else read_manifest(origin)["identity"].get("lora.weights")
+    if noted is not None and not Path(job.lora.weights).exists():
+        return str(noted)
+    return open_weights(job.lora.weights).fingerprint
 
 
 def check_streams(job: "TrainJob") -> None:
@@ -217,6 +252,7 @@ def check_sequence(job: "TrainJob") -> None:
 
 def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":
     """The datasets to train on and to evaluate on. Raises `DataError` when they do not fit each other or the model."""
+    from ltx2_train.cli.provenance import check_belongs
     from ltx2_train.data.datasets import check_compatible, check_mixture, open_dataset
     from ltx2_train.record import TextCache
 
@@ -231,23 +267,10 @@ def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[L
         audio_text_width=config.audio_connector_width,
         text_cache=TextCache.FEATURES if job.model.with_connectors else TextCache.CONTEXT,
     )
-    check_own_codec(training[0], job)
+    check_belongs(job.model.weights, training[0].manifest, training[0].location)
     for dataset in (*training, *heldout):
         check_captions(dataset, job)
     return training, heldout
-
-
-def check_own_codec(dataset: "LatentDataset", job: "TrainJob") -> None:
-    """Raises `DataError` when the weights come with a video VAE, and it is another one than that of the latents.
-
-    Latents of all generations have the same shapes: nothing else would tell.
-    """
-    from ltx2_train.codecs import has_video_codec, video_codec_name
-    from ltx2_train.data.datasets import check_compatible
-
-    if job.model.weights is not None and has_video_codec(job.model.weights):
-        own = video_codec_name(job.model.weights)
-        check_compatible(dataset.location, dataset.manifest, against=job.model.weights, video_codec=own)
 
 
 def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
@@ -266,26 +289,41 @@ def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
         )
 
 
-def open_engine(job: "TrainJob", world: "World") -> "Engine":
-    """The model, with adapters if there are any, its tokens and weights shared out, and filled."""
+def open_engine(job: "TrainJob", world: "World", *, resumed: bool = False) -> "Engine":
+    """The model, with adapters if there are any, its tokens and weights shared out, and filled.
+
+    `resumed`: a checkpoint will be loaded into it.
+    """
     from ltx2_train.distributed.build import build_engine
     from ltx2_train.distributed.sequence import apply_sequence_parallel
+    from ltx2_train.distributed.world import agreed
 
     return build_engine(
         lambda: apply_sequence_parallel(build(job), world),
-        lambda model: starting_weights(model, job),
+        lambda model: agreed(world, lambda: begun(starting_weights(model, job, resumed=resumed))),
         job.engine,
         world,
     )
 
 
-def starting_weights(model: "nn.Module", job: "TrainJob") -> "Iterable[tuple[str, Tensor | Stored]]":
-    """(name, tensor) of every parameter at step 0: drawn, from the released weights, adapters from a LoRA file."""
+def begun(stream: "Iterable[T]") -> "Iterable[T]":
+    """The same stream, its first item taken already: what it checks before that has been checked when this returns."""
+    rest = iter(stream)
+    return chain(list(islice(rest, 1)), rest)
+
+
+def starting_weights(
+    model: "nn.Module", job: "TrainJob", *, resumed: bool = False
+) -> "Iterable[tuple[str, Tensor | Stored]]":
+    """(name, tensor) of every parameter at step 0: drawn, from the released weights, adapters from a LoRA file.
+
+    `resumed`: the adapters will come from a checkpoint, and the LoRA file is not opened.
+    """
     from ltx2_train.model.build import initial_weights
     from ltx2_train.model.lora import start_from_file
 
     weights = initial_weights(model, job.model, job.seed)
-    return weights if job.lora is None else start_from_file(weights, model, job.lora)
+    return weights if job.lora is None or resumed else start_from_file(weights, model, job.lora)
 
 
 def build(job: "TrainJob") -> "nn.Module":
@@ -300,42 +338,46 @@ def build(job: "TrainJob") -> "nn.Module":
     return add_lora(model, job.lora)
 
 
-def resume(
-    job: "TrainJob",
-    checkpoints: "Checkpointer",
-    engine: "Engine",
-    ema: "Ema | None",
-    rollback: "Rollback | None" = None,
-) -> "Restored | None":
-    """What the run goes on from, loaded: where a rollback leads to, or else what the job says; None at a start.
+def checkpoint_to_resume(job: "TrainJob", rollback: "Rollback | None" = None) -> Path | None:
+    """The checkpoint that the run goes on from: where a rollback leads to, or else what the job says; None at a start.
 
-    Raises `CheckpointError` when there is a checkpoint that does not fit, `ConfigError` when there should be none.
+    Raises `CheckpointError` when there is none where the job says so, `ConfigError` when there should be none.
     """
     from ltx2_train.errors import CheckpointError, ConfigError
     from ltx2_train.train.checkpoint import newest_complete
 
+    if rollback is not None:
+        return rollback.directory
+    wish, newest = job.train.resume, newest_complete(Path(job.train.run_dir))
+    if wish == "never" and newest is not None:
+        raise ConfigError(f"train.resume=never, but {job.train.run_dir} holds checkpoints. Name another train.run_dir")
+    if wish in ("never", "auto"):
+        return newest
+    directory = Path(wish) if not (Path(wish) / "checkpoints").is_dir() else newest_complete(Path(wish))
+    if directory is None or not directory.is_dir():
+        raise CheckpointError(f"train.resume={wish}: no checkpoint there. Name a step-... directory or a run directory")
+    return directory
+
+
+def resume(
+    checkpoints: "Checkpointer", engine: "Engine", ema: "Ema | None", directory: Path | None
+) -> "Restored | None":
+    """The state of `directory`, or else of the run's newest good checkpoint, loaded; None where there is none.
+
+    Raises `CheckpointError` when it does not fit.
+    """
     template = ema.state() if ema is not None else {}
-    wish, directory = job.train.resume if rollback is None else str(rollback.directory), None
-    if wish == "never":
-        if newest_complete(Path(job.train.run_dir)) is not None:
-            raise ConfigError(
-                f"train.resume=never, but {job.train.run_dir} holds checkpoints. Name another train.run_dir"
-            )
-        return None
-    if wish != "auto":
-        directory = Path(wish) if not (Path(wish) / "checkpoints").is_dir() else newest_complete(Path(wish))
-        if directory is None or not directory.is_dir():
-            raise CheckpointError(
-                f"train.resume={wish}: no checkpoint there. Name a step-... directory or a run directory"
-            )
     restored = checkpoints.load(engine, template, directory)
     if restored is not None and ema is not None:
         ema.restore(restored.state)
     return restored
 
 
-def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]") -> dict[str, Any]:
-    """The settings that define the run. Datasets are known by the hashes of their shards, wherever they lie."""
+def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]", origin: Path | None = None) -> dict[str, Any]:
+    """The settings that define the run. Weights and datasets are known by their content, wherever they lie.
+
+    `origin`: the checkpoint that it goes on from.
+    """
     from ltx2_train.cli.schema import plain
     from ltx2_train.train.optim import Schedule
     from ltx2_train.train.state import defining_settings
@@ -345,6 +387,8 @@ def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]") -> dict[str, 
         for name in ("total_steps", "decay_start", "floor"):
             del settings[f"optim.{name}"]
     settings["model.weights"] = base_fingerprint(job)
+    if job.lora is not None:
+        settings["lora.weights"] = adapters_fingerprint(job, origin)
     for i, dataset in enumerate(datasets):
         shards = json.dumps(dataset.manifest.shards, sort_keys=True)
         settings[f"data.datasets.{i}.shards"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
@@ -368,11 +412,15 @@ def evaluators(
 ) -> "dict[str, Evaluator]":
     """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own."""
     from ltx2_train.cli.components import Components
+    from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.heldout import Heldout, heldout_evaluator
     from ltx2_train.evals.samples import Samples, samples_evaluator
 
     settings, weights = job.evaluation, "ema" if job.ema is not None else "raw"
     found: dict[str, Evaluator] = {}
+    if settings.samples is not None and datasets:  # all of them were made with the same codecs
+        components = Components.of(job.components, datasets[0].manifest, world.device)
+        codecs = agreed(world, components.codecs)
     for i, dataset in enumerate(datasets):
         place, suffix = Path(job.train.run_dir), ""
         if i:
@@ -382,7 +430,6 @@ def evaluators(
             measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
             found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights)
         if settings.samples is not None:
-            codecs = Components.of(job.components, dataset.manifest, world.device).codecs()
             samples = Samples(dataset, _sampling(job, dataset, marker), codecs, settings.samples, world)
             found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)
     return found

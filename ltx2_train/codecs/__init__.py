@@ -6,7 +6,7 @@ import torch
 
 from ltx2_train.codecs.audio import AudioCodec
 from ltx2_train.codecs.dct import DctAudioCodec, DctVideoCodec
-from ltx2_train.codecs.ltx2_audio import Ltx2AudioCodec, load_audio_codec
+from ltx2_train.codecs.ltx2_audio import Ltx2AudioCodec, audio_codec_name, has_audio_codec, load_audio_codec
 from ltx2_train.codecs.ltx2_video import Ltx2VideoCodec, has_video_codec, load_video_codec, video_codec_name
 from ltx2_train.codecs.upsampler import Upsampler, load_upsampler
 from ltx2_train.codecs.video import VideoCodec
@@ -18,12 +18,16 @@ __all__ = [
     "Ltx2VideoCodec",
     "Upsampler",
     "VideoCodec",
+    "audio_codec_name",
     "build_audio_codec",
     "build_video_codec",
+    "has_audio_codec",
     "has_video_codec",
     "load_audio_codec",
     "load_upsampler",
     "load_video_codec",
+    "name_of_audio_codec",
+    "name_of_video_codec",
     "video_codec_name",
 ]
 
@@ -51,6 +55,16 @@ def build_audio_codec(name: str, vocoder: str | None = None, *, device: torch.de
         return DctAudioCodec()
     voice = None if vocoder is None else _existing(vocoder, "vocoder")
     return load_audio_codec(_existing(name, "audio codec"), voice, device=device)
+
+
+def name_of_video_codec(name: str) -> str:
+    """The `name` of what `build_video_codec` makes of a name or path, for which little is read. Raises likewise."""
+    return DctVideoCodec.name if name in EMBEDDED else video_codec_name(_existing(name, "video codec"))
+
+
+def name_of_audio_codec(name: str) -> str:
+    """The `name` of what `build_audio_codec` makes of a name or path, for which little is read. Raises likewise."""
+    return DctAudioCodec.name if name in EMBEDDED else audio_codec_name(_existing(name, "audio codec"))
 
 
 def _existing(name: str, kind: str) -> Path:

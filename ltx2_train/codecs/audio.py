@@ -9,7 +9,10 @@ class AudioCodec(Protocol):
     """Latents are (8, T, 16) per clip, 25 steps per second."""
 
     name: str  # name and version or fingerprint: goes into the manifest, a mismatch is refused
-    sample_rate: int  # Hz of what `decode` returns
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of what `decode` returns."""
 
     def mel(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """(B, 2, N) at `sample_rate` to log-mel (B, 2, T_mel, M)."""

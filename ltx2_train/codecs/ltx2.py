@@ -7,7 +7,8 @@ not find at random values; here every tensor has its place and every place its t
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,11 +21,17 @@ from ltx2_train.codecs import ltx2_config as configs
 from ltx2_train.codecs import ltx2_names as names
 from ltx2_train.codecs.ltx2_config import Section, described
 from ltx2_train.codecs.neighbourhood import NeighbourhoodProcessor
-from ltx2_train.errors import CheckpointError
+from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.weightfile import FINGERPRINT_BYTES, Stored, WeightFile, check_floating, open_weights
 
 Namer = Callable[[str], str]  # name in a module -> key in the file
 BARE_VIDEO = ("encoder.", "decoder.", "per_channel_statistics.")
+CLASSES = {  # of diffusers, by the sub-folder of a pipeline that has them
+    "vae": ("AutoencoderKLLTX2Video",),
+    "audio_vae": ("AutoencoderKLLTX2Audio",),
+    "vocoder": ("LTX2Vocoder", "LTX2VocoderWithBWE"),
+    "latent_upsampler": ("LTX2LatentUpsamplerModel",),
+}
 LISTED = 5  # keys of each kind that an error names
 
 
@@ -44,8 +51,8 @@ class Component:
 def open_component(path: str | Path, part: str) -> Component:
     """The component `part` ("vae", "audio_vae", "vocoder") of a released file, a split one, or a diffusers folder.
 
-    A folder is the component's own or a pipeline's with a sub-folder of that name. Raises `CheckpointError` when the
-    part, or what the header has to say of it, is not there.
+    A folder of diffusers is the component's own, the pipeline's or that of a component beside it. Raises
+    `CheckpointError` when the part, or what the header has to say of it, is not there.
     """
     path = Path(path)
     if folder := _converted_folder(path, part):
@@ -63,8 +70,31 @@ def open_upsampler(path: str | Path) -> Component:
     return Component(str(path), Section(f"{path}: config", weights.config()), weights)
 
 
+def has_component(path: str | Path, part: str) -> bool:
+    """Whether `open_component` finds tensors of the part. Raises `CheckpointError` for what is no file of weights."""
+    path = Path(path)
+    if folder := _converted_folder(path, part):
+        return _is_of(folder, part)
+    return not _is_converted(path) and bool(_found(open_weights(path), part))
+
+
+def _is_converted(path: Path) -> bool:
+    """Whether a path is a folder of diffusers: a component's or a pipeline's."""
+    components = (f"{name}/config.json" for name in (*CLASSES, "transformer", "connectors"))
+    return any(os.path.isfile(path / name) for name in ("config.json", "model_index.json", *components))
+
+
 def _converted_folder(path: Path, part: str) -> Path | None:
-    return next((folder for folder in (path / part, path) if os.path.isfile(folder / "config.json")), None)
+    """The folder of diffusers' component: inside `path`, `path` itself or beside it; None for the official layout."""
+    is_component = os.path.isfile(path / "config.json")
+    places = [path / part, path, path.parent / part] if is_component else [path / part]
+    there = [folder for folder in places if os.path.isfile(folder / "config.json")]
+    return next((folder for folder in there if _is_of(folder, part)), next(iter(there), None))
+
+
+def _is_of(folder: Path, part: str) -> bool:
+    kind = _json(folder / "config.json").get("_class_name")
+    return kind in CLASSES[part] or (kind is None and folder.name == part)
 
 
 def _open_converted(folder: Path) -> Component:
@@ -72,10 +102,15 @@ def _open_converted(folder: Path) -> Component:
     return Component(str(folder), Section(str(config), _json(config)), open_weights(folder), converted=True)
 
 
-def _tensors(weights: WeightFile, part: str) -> dict[str, Stored]:
+def _found(weights: WeightFile, part: str) -> dict[str, Stored]:
     tensors = weights.under(f"{part}.")
     if not tensors and part == "vae":
         tensors = {key: tensor for key, tensor in weights.items() if key.startswith(BARE_VIDEO)}
+    return tensors
+
+
+def _tensors(weights: WeightFile, part: str) -> dict[str, Stored]:
+    tensors = _found(weights, part)
     if not tensors:
         raise CheckpointError(f"{weights.path}: no tensors under {part}. in it. Name the file that holds the {part}")
     return names.used(tensors)
@@ -94,11 +129,22 @@ def _json(path: Path) -> dict[str, Any]:
 # --- modules on the meta device ---
 
 
+@contextmanager
+def _library() -> Iterator[None]:
+    """Says what to install where diffusers, or a class of it, cannot be imported."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # the latter is what its lazy imports make of any error
+        raise ConfigError(
+            f'the released codecs need diffusers ({error}): pip install "ltx2_train[released]"'
+        ) from error
+
+
 @described
 def video_modules(section: Section, converted: bool = False) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
     """Arguments, `encoder` and `decoder` of a video VAE without values, and how a file calls their tensors."""
     if converted:
-        section.only("_class_name", "AutoencoderKLLTX2Video")
+        section.only("_class_name", *CLASSES["vae"])
         vae = _build(section, _video_class(), _arguments(section))
         return dict(vae.config), nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder}), str
     if configs.is_diffusion_vae(section):
@@ -110,7 +156,8 @@ def video_modules(section: Section, converted: bool = False) -> tuple[dict[str, 
 
 
 def _diffusion_modules(section: Section) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
-    from diffusers import LTX2VideoDiffusionDecoderModel
+    with _library():
+        from diffusers import LTX2VideoDiffusionDecoderModel
 
     arguments = configs.video_encoder(section)
     model = _build(section, LTX2VideoDiffusionDecoderModel, configs.diffusion_decoder(section))
@@ -129,10 +176,11 @@ def _diffusion_modules(section: Section) -> tuple[dict[str, Any], nn.ModuleDict,
 @described
 def audio_modules(section: Section, converted: bool = False) -> tuple[dict[str, Any], nn.ModuleDict, Namer]:
     """Arguments, `encoder` and `decoder` of an audio VAE without values, and how a file calls their tensors."""
-    from diffusers import AutoencoderKLLTX2Audio
+    with _library():
+        from diffusers import AutoencoderKLLTX2Audio
 
     if converted:
-        section.only("_class_name", "AutoencoderKLLTX2Audio")
+        section.only("_class_name", *CLASSES["audio_vae"])
     arguments = _arguments(section) if converted else configs.audio_vae(section)
     vae = _build(section, AutoencoderKLLTX2Audio, arguments)
     parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
@@ -147,7 +195,8 @@ def vocoder_module(
 
     Built with values: the resampler's filter is computed by the constructor and in no file.
     """
-    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+    with _library():
+        from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 
     if converted:
         kinds = {"LTX2Vocoder": LTX2Vocoder, "LTX2VocoderWithBWE": LTX2VocoderWithBWE}
@@ -175,13 +224,15 @@ def _converted_vocoder(section: Section, kinds: dict[str, Any], device: str) -> 
 @described
 def upsampler_module(section: Section, converted: bool = False) -> nn.Module:
     """A latent upsampler without values; files call its tensors as the module does."""
-    from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
+    with _library():
+        from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 
     return _build(section, LTX2LatentUpsamplerModel, _arguments(section) if converted else configs.upsampler(section))
 
 
 def _video_class() -> Any:
-    from diffusers import AutoencoderKLLTX2Video
+    with _library():
+        from diffusers import AutoencoderKLLTX2Video
 
     return AutoencoderKLLTX2Video
 

@@ -1,8 +1,9 @@
 """The released audio VAE with its mel front end, and the vocoders. All of it runs in fp32, under autocast too."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,28 +38,64 @@ def load_audio_codec(
     """The audio VAE of a released file or a diffusers folder, and the vocoder of the same or of another one.
 
     Raises `CheckpointError` when a file is not safetensors, when its header does not describe the part, when its tensors
-    are not exactly those that the header asks for, or when VAE and vocoder speak of other mel spectrograms.
+    are not exactly those that the header asks for, or when VAE and vocoder speak of other mel spectrograms. Where there is
+    no vocoder the codec encodes and decodes to mel, and raises when it is asked for sound.
     """
+    part = _open(path)
+    ltx2.fill(part.modules, part.component, part.name_in_file, torch.float32)
+    bins = _bins(part.front)
+    mean, deviation = ltx2.statistics(part.component, part.channels * bins)
+    shape = (part.channels, 1, bins)
+    return Ltx2AudioCodec(
+        part.name,
+        part.front,
+        part.modules.to(device),
+        mean.reshape(shape).to(device),
+        deviation.reshape(shape).to(device),
+        _voice(path, vocoder, part.front),
+    )
+
+
+def audio_codec_name(path: str | Path) -> str:
+    """The `name` of the codec that `load_audio_codec` makes of a file, for which little of it is read. Raises likewise.
+
+    It is that of the latents: no vocoder is looked at.
+    """
+    return _open(path).name
+
+
+def has_audio_codec(path: str | Path) -> bool:
+    """Whether a released file or folder, of whatever parts, has an audio VAE among them; as `has_video_codec`."""
+    return ltx2.has_component(path, "audio_vae")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An audio VAE of a file: its front end, its modules without values, and how the file calls their tensors."""
+
+    component: ltx2.Component
+    front: LogMel
+    arguments: dict[str, Any]
+    modules: nn.ModuleDict
+    name_in_file: ltx2.Namer
+
+    @property
+    def channels(self) -> int:
+        return int(self.arguments["latent_channels"])
+
+    @property
+    def name(self) -> str:
+        facts = {key: self.arguments[key] for key in LATENT_FACTS}
+        facts["mel"] = [getattr(self.front, field) for field in MEL_FACTS]
+        encoder = nn.ModuleDict({"encoder": self.modules["encoder"]})
+        return f"ltx2-audio-{ltx2.fingerprint(self.component, encoder, self.name_in_file, facts)}"
+
+
+def _open(path: str | Path) -> _Part:
     component = ltx2.open_component(path, "audio_vae")
     arguments, modules, name_in_file = ltx2.audio_modules(component.section, component.converted)
     front = _converted_front(arguments) if component.converted else ltx2_config.log_mel(component.section)
-    ltx2.fill(modules, component, name_in_file, torch.float32)
-    channels = arguments["latent_channels"]
-    mean, deviation = ltx2.statistics(component, channels * _bins(front))
-    facts = {key: arguments[key] for key in LATENT_FACTS} | {"mel": [getattr(front, field) for field in MEL_FACTS]}
-    encoder = nn.ModuleDict({"encoder": modules["encoder"]})
-    name = f"ltx2-audio-{ltx2.fingerprint(component, encoder, name_in_file, facts)}"
-    build_vocoder, rate = _open_vocoder(vocoder or path, front)
-    shape = (channels, 1, _bins(front))
-    return Ltx2AudioCodec(
-        name,
-        front,
-        modules.to(device),
-        mean.reshape(shape).to(device),
-        deviation.reshape(shape).to(device),
-        build_vocoder,
-        rate,
-    )
+    return _Part(component, front, arguments, modules, name_in_file)
 
 
 def _converted_front(arguments: dict[str, Any]) -> LogMel:
@@ -76,8 +113,31 @@ def _bins(front: LogMel) -> int:
     return front.bins // geometry.MEL_FRAMES_PER_STEP
 
 
-def _open_vocoder(path: str | Path, front: LogMel) -> tuple[Callable[[], nn.Module], int]:
-    """What builds the vocoder, after a look at the keys and shapes of its file, and the rate of its sound in Hz."""
+@dataclass(frozen=True, slots=True)
+class _Voice:
+    """A vocoder that is not in memory yet."""
+
+    build: Callable[[], nn.Module]
+    sample_rate: int  # Hz
+
+
+def _voice(path: str | Path, vocoder: str | Path | None, front: LogMel) -> Callable[[], _Voice]:
+    """What opens the vocoder of `vocoder`, else of `path`: looked at now where it is there, missed when it is needed."""
+    if vocoder is None and not ltx2.has_component(path, "vocoder"):
+        return partial(_no_voice, path)
+    voice = _open_vocoder(vocoder or path, front)
+    return lambda: voice
+
+
+def _no_voice(path: str | Path) -> _Voice:
+    raise CheckpointError(
+        f"{path}: no vocoder in it, which makes sound of what the audio VAE decodes. Name the file or folder of one "
+        "beside the audio codec: `vocoder`"
+    )
+
+
+def _open_vocoder(path: str | Path, front: LogMel) -> _Voice:
+    """The vocoder, after a look at the keys and shapes of its file."""
     component = ltx2.open_component(path, "vocoder")
     shapes = {key: tensor.shape for key, tensor in component.tensors.items() if key.endswith("conv_pre.weight")}
     widths = {key.removesuffix(".weight"): shape[1] for key, shape in shapes.items() if len(shape) == 3}
@@ -92,7 +152,7 @@ def _open_vocoder(path: str | Path, front: LogMel) -> tuple[Callable[[], nn.Modu
 
     outline, name_in_file = build("meta")
     ltx2.check_keys(component, {name_in_file(name): t.shape for name, t in outline.state_dict().items()})
-    return filled, _sample_rate(component, outline, front)
+    return _Voice(filled, _sample_rate(component, outline, front))
 
 
 def _sample_rate(component: ltx2.Component, vocoder: nn.Module, front: LogMel) -> int:
@@ -110,7 +170,10 @@ def _sample_rate(component: ltx2.Component, vocoder: nn.Module, front: LogMel) -
 
 
 class Ltx2AudioCodec:
-    """Stereo sound to normalised latents and back. `name` stands for the space of the latents, whatever the vocoder."""
+    """Stereo sound to normalised latents and back. `name` stands for the space of the latents, whatever the vocoder.
+
+    Its methods take tensors on any device and return them on the codec's.
+    """
 
     def __init__(
         self,
@@ -119,17 +182,21 @@ class Ltx2AudioCodec:
         modules: nn.ModuleDict,
         mean: Tensor,
         deviation: Tensor,
-        build_vocoder: Callable[[], nn.Module],
-        sample_rate: int,
+        voice: Callable[[], _Voice],
     ) -> None:
-        self.name, self.front, self.sample_rate = name, front, sample_rate
-        self.encoder, self.decoder, self._build_vocoder = modules["encoder"], modules["decoder"], build_vocoder
+        self.name, self.front, self._voice = name, front, voice
+        self.encoder, self.decoder = modules["encoder"], modules["decoder"]
         self.mean, self.deviation, self.device = mean, deviation, mean.device
 
     @cached_property
     def vocoder(self) -> nn.Module:
         """Read from its file when first needed: who encodes a dataset never hears it."""
-        return self._build_vocoder().to(self.device)
+        return self._voice().build().to(self.device)
+
+    @property
+    def sample_rate(self) -> int:
+        """Of `decode`, in Hz. Raises `CheckpointError` where there is no vocoder, as all that gives sound."""
+        return self._voice().sample_rate
 
     @property
     def steps_per_second(self) -> Fraction:

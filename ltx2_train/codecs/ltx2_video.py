@@ -18,7 +18,6 @@ from ltx2_train.codecs.checks import check_latents, check_video
 from ltx2_train.codecs.tiling import Axis, blend, check_tile, spans
 from ltx2_train.errors import DataError
 from ltx2_train.rng import generator
-from ltx2_train.weightfile import open_weights
 
 DECODE_NOISE = 0.025  # share of noise that a conditioned decoder expects in its latents
 DECODE_TIMESTEP = 0.05
@@ -53,9 +52,11 @@ def video_codec_name(path: str | Path) -> str:
 
 
 def has_video_codec(path: str | Path) -> bool:
-    """Whether a released file or folder, of whatever parts, has a video VAE among them."""
-    path = Path(path)
-    return (path / "vae" / "config.json").exists() if path.is_dir() else bool(open_weights(path).under("vae."))
+    """Whether a released file or folder, of whatever parts, has a video VAE among them.
+
+    A sub-folder of a diffusers pipeline has what stands beside it. Raises `CheckpointError` for what is no weights.
+    """
+    return ltx2.has_component(path, "vae")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +101,15 @@ class Ltx2VideoCodec:
         self.device, self.dtype = parameter.device, parameter.dtype
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """What the encoder gives to what the transformer takes: zero mean and unit deviation per channel, fp32."""
-        return (raw.float() - self.mean) / self.deviation
+        """What the encoder gives to what the transformer takes: zero mean and unit deviation per channel, fp32.
+
+        On the codec's device, as all that its methods return.
+        """
+        return (raw.to(self.mean) - self.mean) / self.deviation
 
     def unnormalise(self, latents: Tensor) -> Tensor:
         """Inverse of `normalise`."""
-        return latents.float() * self.deviation + self.mean
+        return latents.to(self.mean) * self.deviation + self.mean
 
     @torch.no_grad()
     def encode(self, video: Tensor, *, chunk_frames: int | None = None, tile: tuple[int, int] | None = None) -> Tensor:

@@ -41,8 +41,9 @@ class Upsampler:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, codec: Normalising) -> Tensor:
-        """Normalised latents (B, C, F, H, W) of `codec` to upsampled normalised latents fp32.
+        """Normalised latents (B, C, F, H, W) of `codec` to upsampled normalised latents fp32, on the codec's device.
 
+        Latents, upsampler and codec may be on devices of their own.
         Raises `DataError` when the number of channels is not the upsampler's.
         """
         check_latents(latents, self.module.in_channels, None, None, None)  # type: ignore[arg-type]

@@ -79,12 +79,15 @@ class Codecs:
 
     video: VideoCodec
     audio: AudioCodec
+    tile: tuple[int, int] | None = None
+    """(size, overlap) in pixels of pieces that the picture is decoded in, for a video codec that can."""
 
     @torch.no_grad()
     def decode(self, video: Tensor | None, audio: Tensor | None, fps: float) -> Film:
         """The film of one clip's latents (128, F, H, W) and (8, T, 16)."""
+        pieces: dict[str, Any] = {} if self.tile is None else {"tile": self.tile}
         return Film(
-            video=None if video is None else self.video.decode(video[None])[0].clamp(-1, 1).cpu(),
+            video=None if video is None else self.video.decode(video[None], **pieces)[0].clamp(-1, 1).cpu(),
             waveform=None if audio is None else self.audio.decode(audio[None])[0].clamp(-1, 1).cpu(),
             fps=fps,
             sample_rate=self.audio.sample_rate,

@@ -190,6 +190,20 @@ def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+def text_states(config: TransformerConfig, input_width: int) -> int:
+    """How many hidden states of the language model a text projection takes that has `input_width` columns.
+
+    Raises `ConfigError` when it is no whole number of them.
+    """
+    channels = config.caption_channels or _CONNECTORS_DEFAULTS["caption_channels"]
+    if input_width % channels:
+        raise ConfigError(
+            f"caption_channels={channels}: the text projection takes {input_width} numbers per token, which is no whole "
+            "number of hidden states of that width; export the official layout instead"
+        )
+    return int(input_width // channels)
+
+
 def diffusers_connectors_config(config: TransformerConfig, text_states: int = 49) -> dict[str, Any]:
     """`config.json` of diffusers' connectors; `text_states` hidden states of the language model are projected.
 
@@ -241,6 +255,8 @@ def config_from_diffusers(
     fields = {} if connectors is None else _connector_fields(connectors, source)
     if transformer is not None:
         own = _transformer_fields(transformer, source)
+        if own["caption_proj_before_connector"] and connectors is not None:
+            del own["caption_channels"]  # the transformer does not read it
         wrong = [f"{n}={fields[n]!r} and {own[n]!r}" for n in fields.keys() & own.keys() if fields[n] != own[n]]
         if wrong:
             raise CheckpointError(f"{source}: connectors and transformer do not belong together: {'; '.join(wrong)}")

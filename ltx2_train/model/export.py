@@ -27,11 +27,19 @@ from ltx2_train.model.diffusers_names import (
     connectors_to_diffusers,
     diffusers_config,
     diffusers_connectors_config,
+    text_states,
     to_diffusers,
 )
 from ltx2_train.model.generation import UNKNOWN, generation_of
 from ltx2_train.model.lora_file import BASE_GENERATION, Adapter
-from ltx2_train.model.weights import CONNECTOR_NAMES, PREFIX, diffusers_folders, read_weights, released_dtype
+from ltx2_train.model.weights import (
+    CONNECTOR_NAMES,
+    PREFIX,
+    diffusers_folders,
+    fingerprint,
+    read_weights,
+    released_dtype,
+)
 from ltx2_train.weightfile import Deferred, Stored, WeightFile, open_weights, write_weights
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -92,8 +100,8 @@ class Base:
 
     @property
     def fingerprint(self) -> str:
-        """Of the file; of diffusers' folders, of the transformer in them."""
-        return (self.file or open_weights(self._folders[TRANSFORMER_CLASS])).fingerprint
+        """As `weights.fingerprint` has it."""
+        return fingerprint(self.path)
 
     @property
     def siblings(self) -> dict[str, Stored]:
@@ -215,15 +223,18 @@ def write_diffusers(
         )
     }
     if projections:
-        states = next(iter(projections.values())).shape[-1] // (config.caption_channels or 1)
+        states = text_states(config, next(t.shape[1] for name, t in projections.items() if name.endswith(".weight")))
         everything = {connectors_to_diffusers(n): t for n, t in (connectors | dict(projections)).items()}
         parts["connectors"] = (diffusers_connectors_config(config, states), everything)
     files: list[Path] = []
-    for name, (arguments, part) in parts.items():
-        path, header = partial / name / DIFFUSERS_FILE, {**metadata, "format": "pt"}
-        files += write_weights(path, part, header, max_bytes=max_bytes)
-        (partial / name / "config.json").write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
-    partial.replace(folder)
+    try:
+        for name, (arguments, part) in parts.items():
+            path, header = partial / name / DIFFUSERS_FILE, {**metadata, "format": "pt"}
+            files += write_weights(path, part, header, max_bytes=max_bytes)
+            (partial / name / "config.json").write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return [folder / file.relative_to(partial) for file in files]
 
 

@@ -4,6 +4,7 @@ In: one file with everything, the transformer's own file, either cut into severa
 diffusers. Out: the official layout. Nothing is read before it is wanted, and then a tensor or some of its rows at a time.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -113,9 +114,11 @@ def read_weights(path: str | Path) -> tuple[TransformerConfig, dict[str, Stored]
 
 
 def fingerprint(path: str | Path) -> str:
-    """Of what `load_transformer` takes: that of the file, or of the transformer's file in a folder of diffusers."""
+    """Of what `load_transformer` takes: that of the file, or of all folders of diffusers that we read, taken together."""
     folders = diffusers_folders(Path(path))
-    return open_weights(folders.get(TRANSFORMER_CLASS) or next(iter(folders.values()), path)).fingerprint
+    files = [folders[name] for name in sorted(folders)] or [Path(path)]
+    first, *others = [open_weights(file).fingerprint for file in files]
+    return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
 
 def _sources(path: Path) -> tuple[TransformerConfig, list[tuple[WeightFile, OwnName]]]:

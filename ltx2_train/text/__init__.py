@@ -7,7 +7,13 @@ import torch
 from ltx2_train.errors import ConfigError
 from ltx2_train.text.context import ContextEncoder
 from ltx2_train.text.encoder import TextEncoder
-from ltx2_train.text.features import FeatureExtractor, fingerprint_of, load_feature_extractor
+from ltx2_train.text.features import (
+    FeatureExtractor,
+    fingerprint_of,
+    has_projection,
+    load_feature_extractor,
+    projection_name,
+)
 from ltx2_train.text.gemma import Quantisation
 from ltx2_train.text.hashed import NAME as HASHED_NAME
 from ltx2_train.text.hashed import HashedTextEncoder
@@ -22,7 +28,9 @@ __all__ = [
     "TextEncoder",
     "build_text_encoder",
     "fingerprint_of",
+    "has_projection",
     "load_feature_extractor",
+    "projection_name",
 ]
 
 EMBEDDED = ("hashed", HASHED_NAME)

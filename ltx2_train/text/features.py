@@ -36,6 +36,9 @@ V2_SETTINGS = {
 DIFFUSERS_NAMES = {"text_proj_in": SHARED, "video_text_proj_in": VIDEO, "audio_text_proj_in": AUDIO}
 RANGE = 8.0  # of a normalised layer of V1
 EPS = 1e-6
+MARK = 12  # letters of a fingerprint in a name
+CONNECTORS = "connectors"  # the sub-folder of a diffusers pipeline that has the projections
+CONNECTORS_CLASS = "LTX2TextConnectors"
 
 
 class FeatureExtractor(nn.Module):
@@ -139,6 +142,11 @@ class Projection:
         """The same for the same projection in whatever file: see `fingerprint_of`."""
         return fingerprint_of(self.tensors)
 
+    @property
+    def name(self) -> str:
+        """Kind and fingerprint: the part of a released text encoder's name behind that of the language model."""
+        return f"features-v{self.version}:{self.fingerprint[:MARK]}"
+
     def read(self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> FeatureExtractor:
         """The extractor; `dtype` None keeps what is on disk."""
         names = dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
@@ -164,17 +172,52 @@ def load_feature_extractor(
     return open_projection(path).read(dtype=dtype, device=device)
 
 
+def projection_name(path: str | Path) -> str:
+    """`features-vN:FP`, the end of the `name` of every released text encoder with this projection. Reads little.
+
+    Raises as `open_projection`.
+    """
+    return open_projection(path).name
+
+
+def has_projection(path: str | Path) -> bool:
+    """Whether a released file or folder, of whatever parts, has a text projection among them.
+
+    A sub-folder of a diffusers pipeline has what stands beside it. Raises `CheckpointError` for what is no weights.
+    """
+    path = Path(path)
+    if folder := _converted_folder(path):
+        return _is_connectors(folder) and bool(_from_diffusers(folder).tensors)
+    is_pipeline = any(os.path.isfile(path / name) for name in ("model_index.json", "transformer/config.json"))
+    return not is_pipeline and bool(open_weights(path).under(PREFIX))
+
+
 def open_projection(path: str | Path) -> Projection:
     """The text projection of a released file, of a split text file, or of a diffusers pipeline or connectors folder.
 
     Which extractor it belongs to is what `config.transformer` says; a split text file, which may have no such section, is
     known by its keys. Raises `CheckpointError` for settings between the two, and for missing, surplus or misshapen tensors.
     """
-    path = Path(path)
-    folder = next((f for f in (path, path / "connectors") if os.path.isfile(f / "config.json")), None)
+    folder = _converted_folder(Path(path))
     found = _from_diffusers(folder) if folder is not None else _from_official(open_weights(path))
     _check_tensors(found)
     return found
+
+
+def _converted_folder(path: Path) -> Path | None:
+    """The folder of diffusers' text connectors: `path`, inside it or beside it; None for the official layout."""
+    is_component = os.path.isfile(path / "config.json")
+    places = [path, path / CONNECTORS, path.parent / CONNECTORS] if is_component else [path / CONNECTORS]
+    there = [folder for folder in places if os.path.isfile(folder / "config.json")]
+    return next((folder for folder in there if _is_connectors(folder)), next(iter(there), None))
+
+
+def _is_connectors(folder: Path) -> bool:
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get("_class_name")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = None  # whoever reads it says what is wrong with it
+    return kind == CONNECTORS_CLASS or (kind is None and folder.name == CONNECTORS)
 
 
 def _from_official(weights: WeightFile) -> Projection:

@@ -170,6 +170,8 @@ def _load(folder: GemmaFolder, device: torch.device, dtype: torch.dtype, quantis
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     if quantisation is Quantisation.INT8:
         options |= _int8(device)
+    elif device.type == "cuda":  # tensor by tensor: several processes would not find room for the whole in host memory
+        options["device_map"] = {"": device}
     with _errors_of(folder):
         from transformers import AutoModel
 
@@ -205,7 +207,7 @@ def _errors_of(folder: GemmaFolder) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(
-            f"the released text encoder needs transformers ({error}): pip install transformers"
+            f'the released text encoder needs transformers ({error}): pip install "ltx2_train[released]"'
         ) from error
     except torch.OutOfMemoryError:
         raise

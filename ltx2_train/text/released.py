@@ -9,11 +9,10 @@ import torch
 from ltx2_train.errors import CheckpointError
 from ltx2_train.record import TextFeatures
 from ltx2_train.text.encoder import MAX_ROWS
-from ltx2_train.text.features import FeatureExtractor, Projection, check_width, open_projection
+from ltx2_train.text.features import MARK, FeatureExtractor, Projection, check_width, open_projection
 from ltx2_train.text.gemma import GEMMA_3, Gemma, GemmaFolder, Quantisation, Tokenizer, open_gemma
 
 BATCH_TOKENS = 4096  # that go through the language model together, padding counted
-MARK = 12  # letters of a fingerprint in a name
 
 
 class ReleasedTextEncoder:
@@ -84,8 +83,7 @@ class ReleasedTextEncoder:
 def name_of(folder: GemmaFolder, projection: Projection) -> str:
     """Kinds and fingerprints of language model and projection."""
     kind = "gemma3" if folder.model_type in GEMMA_3 else "gemma4"
-    language_model = f"{kind}:{folder.fingerprint[:MARK]}"
-    return f"{language_model}+features-v{projection.version}:{projection.fingerprint[:MARK]}"
+    return f"{kind}:{folder.fingerprint[:MARK]}+{projection.name}"
 
 
 def check_belongs(folder: GemmaFolder, projection: Projection) -> None:

@@ -12,7 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ltx2_train.errors import CheckpointError
-from ltx2_train.weightfile import DTYPES, Deferred, Finite, check_floating, open_weights, write_weights
+from ltx2_train.weightfile import (
+    DTYPES,
+    Deferred,
+    Finite,
+    check_floating,
+    index_path,
+    open_weights,
+    planned_files,
+    write_weights,
+)
 
 CPU_DTYPES = [
     torch.float64,
@@ -89,6 +98,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(IndexError):
         write_weights(path, {"a": torch.zeros(2), "b": broken}, {})
     assert torch.equal(open_weights(path)["a"].read(), torch.ones(2))
+
+
+@pytest.mark.parametrize("max_bytes", [None, 8], ids=["one file", "several"])
+def test_a_write_that_fails_leaves_nothing(tmp_path, max_bytes):
+    broken = Deferred(torch.float32, torch.Size([2]), lambda: torch.ones(2)[3])
+    with pytest.raises(IndexError):
+        write_weights(tmp_path / "c.safetensors", {"a": torch.zeros(2), "b": broken}, {}, max_bytes=max_bytes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_index_gets_its_name_last_and_names_the_files_as_planned(tmp_path):
+    path, tensors = tmp_path / "c.safetensors", {name: torch.zeros(2) for name in "abc"}
+    files = write_weights(path, tensors, {}, max_bytes=16)
+    assert files == [*planned_files(path, tensors, 16), index_path(path)]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 @pytest.mark.parametrize("num_scales", [0, 1, 6])

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ltx2_train.cli import entry
 from ltx2_train.cli import train as train_program
 from ltx2_train.cli.schema import TrainJob
 from ltx2_train.record import Bucket, Sample
-from ltx2_train.testing.shards import random_sample, write_latent_dataset
+from ltx2_train.testing.shards import manifest_for, random_sample, write_latent_dataset
 
 TEXT_WIDTHS = (40, 20)  # of the tiny model
 SMALL = (
@@ -75,7 +76,8 @@ def small_samples(count: int = 24) -> list[Sample]:
     return [random_sample(f"s{i:03d}", bucket, text_length=3 + i % 2, text_widths=TEXT_WIDTHS) for i in range(count)]
 
 
-def small_dataset(directory: Path, count: int = 24) -> Path:
-    directory.mkdir(parents=True)
-    write_latent_dataset(directory, small_samples(count))
+def small_dataset(directory: Path, count: int = 24, **names: str) -> Path:
+    """A dataset with these names (video_codec, audio_codec, text_encoder) in its manifest, the stand-ins' otherwise."""
+    samples = small_samples(count)
+    write_latent_dataset(directory, samples, manifest=replace(manifest_for(samples[0]), **names))
     return directory

@@ -26,6 +26,7 @@ from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
 STEPS = ("train.max_steps=2", "train.save_every=2", "model.text_tokens=128")
 LORA = ("lora=all", "lora.rank=4", "lora.alpha=2")
 SLOW = pytest.mark.slow
+UNKNOWN_PARTS = dict.fromkeys(("video_codec", "audio_codec", "text_encoder"), "unknown:test")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def base(directory) -> Path:
 @pytest.fixture(scope="module")
 def train(directory):
     """A function that trains two steps and gives the run directory."""
-    data = small_dataset(directory / "latents")
+    data = small_dataset(directory / "latents", **UNKNOWN_PARTS)
 
     def run(name: str, *settings: str) -> Path:
         target = directory / name
@@ -232,6 +233,15 @@ def test_large_files_are_cut_and_load_again(full, base, tmp_path):
     assert_holds(tmp_path / "cut", expected_full(full, base))
 
 
+def test_a_part_is_not_written_over(full, tmp_path, capsys):
+    sharded = ("--to", "full", "--out", tmp_path / "f.safetensors", "--max-shard-gb", "0.001")
+    for count in range(2, 40):  # however many parts there will be
+        tmp_path.joinpath(f"f-00002-of-{count:05d}.safetensors").touch()
+    before = set(tmp_path.iterdir())
+    assert "exists. Move it away" in refused(capsys, full, *sharded)
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_adapters_of_a_stream_that_was_not_trained_are_named(train, base, tmp_path, capsys):
     run = train("silent", f"model.weights={base}", *LORA, "objective.streams=[video]")
     out = export(run, "lora", tmp_path / "l.safetensors")
@@ -328,6 +338,8 @@ def test_nothing_is_written_over(lora, tmp_path, capsys):
     (tmp_path / "l.safetensors").touch()
     assert "exists. Move it away" in refused(capsys, lora, "--to", "lora", "--out", tmp_path / "l.safetensors")
     (tmp_path / "README.md").touch()
+    (tmp_path / "n.safetensors.report.json").touch()
+    assert "report.json exists" in refused(capsys, lora, "--to", "lora", "--out", tmp_path / "n.safetensors")
     assert "README.md exists" in refused(capsys, lora, "--to", "lora", "--out", tmp_path / "m.safetensors", "--card")
 
 
@@ -335,6 +347,12 @@ def test_nothing_is_written_over(lora, tmp_path, capsys):
 def test_a_name_that_does_not_fit_the_form_is_refused(lora, tmp_path, capsys, form):
     name = "x.safetensors" if form == "diffusers" else "x.ckpt"
     assert "--out" in refused(capsys, lora, "--to", form, "--out", tmp_path / name)
+
+
+def test_trained_connectors_are_not_left_out_without_a_word(scratch, tmp_path, capsys):
+    message = refused(capsys, scratch, "--to", "diffusers", "--out", tmp_path / "d")
+    assert "trained the connectors" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_average_that_the_run_has_not_is_refused(scratch, tmp_path, capsys):

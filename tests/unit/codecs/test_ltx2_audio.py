@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from ltx2_train import geometry
-from ltx2_train.codecs import build_audio_codec, load_audio_codec, ltx2_config
+from ltx2_train.codecs import (
+    audio_codec_name,
+    build_audio_codec,
+    has_audio_codec,
+    load_audio_codec,
+    ltx2_config,
+    name_of_audio_codec,
+)
 from ltx2_train.codecs.ltx2_config import Section
 from ltx2_train.codecs.mel import LogMel
 from ltx2_train.errors import CheckpointError, ConfigError, DataError
@@ -219,6 +226,44 @@ def test_the_name_is_the_same_from_every_form_of_the_file(codec, parts, tmp_path
         assert torch.equal(
             other.decode(other.encode(sound(0.06), 16000)), codec.decode(codec.encode(sound(0.06), 16000))
         )
+
+
+def test_a_name_costs_no_weights_and_needs_no_vocoder(codec, release, altered, monkeypatch):
+    voiceless = altered(silent)
+    monkeypatch.setattr("ltx2_train.codecs.ltx2.fill", None)
+    for path in (release("2.3"), voiceless):
+        assert has_audio_codec(path)
+        assert audio_codec_name(path) == name_of_audio_codec(str(path)) == codec.name
+    assert name_of_audio_codec("dct") == build_audio_codec("dct").name
+
+
+def silent(sections, tensors):
+    del sections["vocoder"]
+    for key in [key for key in tensors if key.startswith("vocoder.")]:
+        del tensors[key]
+
+
+def test_without_a_vocoder_all_works_but_sound(codec, altered):
+    voiceless = load_audio_codec(altered(silent))
+    latents = voiceless.encode(sound(0.06), 16000)
+    assert torch.equal(latents, codec.encode(sound(0.06), 16000))
+    assert torch.equal(voiceless.decode_mel(latents), codec.decode_mel(latents))
+    for act in (lambda: voiceless.sample_rate, lambda: voiceless.decode(latents)):
+        with pytest.raises(CheckpointError, match=r"altered.safetensors: no vocoder in it"):
+            act()
+
+
+def test_a_sub_folder_of_a_pipeline_has_its_vocoder_beside_it(codec, parts, tmp_path):
+    peer(parts("2.3")[1]).bfloat16().save_pretrained(tmp_path / "audio_vae")
+    own = load_audio_codec(tmp_path / "audio_vae")
+    with pytest.raises(CheckpointError, match="no vocoder in it"):
+        own.decode(torch.zeros(1, 2, 3, 4))
+    second_vocoder(parts("2.3")[1]).bfloat16().save_pretrained(tmp_path / "vocoder")
+    whole = load_audio_codec(tmp_path / "audio_vae")
+    assert (own.name, whole.name, whole.sample_rate) == (codec.name, codec.name, 48000)
+    for path in (tmp_path, tmp_path / "audio_vae", tmp_path / "vocoder"):
+        assert has_audio_codec(path)
+        assert audio_codec_name(path) == codec.name
 
 
 def test_a_name_of_a_codec_may_be_a_path(codec, release):

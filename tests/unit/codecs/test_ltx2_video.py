@@ -1,10 +1,20 @@
 import json
 import re
+import sys
 
 import pytest
 import torch
 
-from ltx2_train.codecs import build_video_codec, load_video_codec, ltx2, ltx2_config
+from ltx2_train.codecs import (
+    build_video_codec,
+    has_video_codec,
+    load_audio_codec,
+    load_video_codec,
+    ltx2,
+    ltx2_config,
+    name_of_video_codec,
+    video_codec_name,
+)
 from ltx2_train.codecs.ltx2_config import Section
 from ltx2_train.codecs.neighbourhood import NeighbourhoodProcessor, neighbourhood_attention
 from ltx2_train.errors import CheckpointError, ConfigError, DataError
@@ -217,6 +227,56 @@ def test_the_name_is_the_same_from_every_form_of_the_file(release, parts, tmp_pa
         codec = load_video_codec(path)
         assert codec.name == whole.name
         assert torch.equal(codec.decode(codec.encode(clip)), whole.decode(whole.encode(clip)))
+
+
+def test_a_name_costs_no_weights(release, monkeypatch):
+    names = {path: load_video_codec(path).name for path in (release("2.0"), release("2.5"))}
+    monkeypatch.setattr("ltx2_train.codecs.ltx2.fill", None)
+    assert all(video_codec_name(path) == name_of_video_codec(str(path)) == name for path, name in names.items())
+    assert name_of_video_codec("dct") == build_video_codec("dct").name
+    with pytest.raises(ConfigError, match="no-such-file"):
+        name_of_video_codec("no-such-file.safetensors")
+
+
+def test_a_video_vae_is_found_in_every_form_of_weights(release, parts, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one.safetensors").symlink_to(release("2.3"))  # no folder of diffusers
+    peer("2.3", parts("2.3")[1]).bfloat16().save_pretrained(tmp_path / "pipeline" / "vae")
+    write_component(tmp_path / "pipeline" / "transformer", "LTX2VideoTransformer3DModel")
+    pipeline = [tmp_path / "pipeline", tmp_path / "pipeline" / "vae", tmp_path / "pipeline" / "transformer"]
+    for path in (release("2.3"), tmp_path / "folder", *pipeline):
+        assert has_video_codec(path), path
+        assert video_codec_name(path) == video_codec_name(release("2.3"))
+
+
+def test_weights_without_a_video_vae_have_none(altered, tmp_path):
+    write_component(tmp_path / "pipeline" / "transformer", "LTX2VideoTransformer3DModel")
+    for path in (altered(no_tensors), tmp_path / "pipeline", tmp_path / "pipeline" / "transformer"):
+        assert not has_video_codec(path), path
+    with pytest.raises(CheckpointError, match=r"transformer/config.json\._class_name is 'LTX2VideoTransformer3DModel'"):
+        load_video_codec(tmp_path / "pipeline" / "transformer")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        has_video_codec(tmp_path / "nowhere")
+
+
+def write_component(folder, kind):
+    write_weights(folder / "model.safetensors", {"weight": torch.zeros(2, 2)}, {})
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind}))
+
+
+def test_without_the_library_the_error_says_what_to_install(release, monkeypatch):
+    for name in ("diffusers", "diffusers.pipelines.ltx2", "diffusers.pipelines.ltx2.vocoder"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for load, generation in ((load_video_codec, "2.3"), (load_video_codec, "2.5"), (load_audio_codec, "2.3")):
+        with pytest.raises(ConfigError, match=r'pip install "ltx2_train\[released\]"'):
+            load(release(generation))
+
+
+def test_tensors_come_to_the_codec_from_other_devices(release):
+    codec = load_video_codec(release("2.3"))
+    codec.mean, codec.deviation = codec.mean.to("meta"), codec.deviation.to("meta")  # a device that every machine has
+    for values in (codec.normalise(torch.zeros(1, 8, 1, 2, 2)), codec.unnormalise(torch.zeros(1, 8, 1, 2, 2))):
+        assert (values.device.type, values.dtype) == ("meta", torch.float32)
 
 
 def test_a_name_of_a_codec_may_be_a_path(release):

@@ -53,3 +53,11 @@ def test_latents_of_other_channels_are_refused(release, tmp_path):
     upsampler = load_upsampler(upsampler_file(tmp_path / "upsampler.safetensors", "x2"))
     with pytest.raises(DataError, match=r"needs \(B, 128"):
         upsampler(torch.zeros(1, 8, 1, 2, 2), load_video_codec(release("2.3")))
+
+
+def test_latents_upsampler_and_codec_may_be_on_devices_of_their_own(release, tmp_path):
+    codec, latents = load_video_codec(release("2.3")), torch.zeros(1, 8, 1, 2, 2)
+    path = upsampler_file(tmp_path / "upsampler.safetensors", "x2", channels=8)
+    codec.mean, codec.deviation = codec.mean.to("meta"), codec.deviation.to("meta")
+    upsampled = load_upsampler(path, device="meta")(latents, codec)
+    assert (upsampled.device.type, upsampled.shape, upsampled.dtype) == ("meta", (1, 8, 1, 4, 4), torch.float32)

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ import torch
 
 from data_prep import encode as encode_module
 from data_prep.buckets import parse_buckets
-from data_prep.encode import EncodeConfig, Window, encode, encode_windows, main, parse_key_map
+from data_prep.encode import EncodeConfig, RawShard, Window, encode, encode_windows, main, parse_key_map
+from data_prep.jobs import Job
 from data_prep.pack import EmptyCaption, PackConfig, pack
 from data_prep.tars import file_sha256, write_tar
 from ltx2_train.codecs import build_audio_codec, build_video_codec
@@ -25,7 +28,7 @@ from ltx2_train.geometry import audio_latent_length
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.video import read_video
 from ltx2_train.media.write import write_flac, write_mp4
-from ltx2_train.record import Sample
+from ltx2_train.record import Sample, TextFeatures
 from ltx2_train.text import build_text_encoder
 from tests.unit.media.media_files import (
     FPS,
@@ -257,6 +260,47 @@ def test_a_share_holds_out_the_same_files_whatever_else_is_there():
 def test_holding_out_everything_is_refused(raw, tmp_path, config):
     with pytest.raises(ConfigError, match="holdout_count: 14; need less than the 14 source files"):
         encode([str(raw)], tmp_path, replace(config, holdout_count=14))
+
+
+def test_a_shard_is_written_as_its_samples_come(tmp_path, monkeypatch):
+    def drawn(windows, codecs, config):
+        for i in range(12):
+            text = TextFeatures(torch.zeros(1, 4), torch.zeros(1, 4))
+            sample = Sample(
+                key=f"{i:02d}",
+                video=torch.full((128, 1, 2, 2), float(i)),
+                audio=None,
+                text=text,
+                fps=24.0,
+                caption="",
+                meta={"source": f"{i:02d}"},
+            )
+            drawn_so_far.append(weakref.ref(sample.video))
+            alive.append(sum(video() is not None for video in drawn_so_far))
+            yield sample
+
+    drawn_so_far, alive = [], []
+    monkeypatch.setattr(encode_module, "encode_windows", drawn)
+    job = Job("s", "", RawShard("nowhere.tar", None, frozenset({"03", "07"})))
+    report = encode_module.encode_shard(job, tmp_path, EncodeConfig(buckets=parse_buckets("64x64x1")))
+    assert max(alive) <= 3 + 2  # what is on its way, and the held-out ones
+    assert sorted(report.outputs) == ["heldout/s.tar", "train/s.tar"]
+    assert report.keys[-2:] == ["03", "07"]
+    assert len(report.keys) == report.counts["kept"] == 12
+
+
+def test_text_that_is_kept_for_its_next_caption_is_bounded(monkeypatch):
+    class Wide:
+        def encode(self, captions):
+            return [TextFeatures(torch.zeros(8, 16), torch.zeros(8, 16)) for _ in captions]
+
+    monkeypatch.setattr(encode_module, "TEXT_KEPT", 10 * 2 * 8 * 16 * 2)  # ten captions in bf16
+    codecs, config, texts = SimpleNamespace(text=Wide()), EncodeConfig(buckets=parse_buckets("64x64x1")), {}
+    sizes = []
+    for i in range(0, 60, 3):
+        encode_module._encode_text([f"{i + j}" for j in range(3)], texts, codecs, config)
+        sizes.append(len(texts))
+    assert max(sizes) <= 10 + 3 + 2
 
 
 # --- bad input ---

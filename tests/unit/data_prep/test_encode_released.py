@@ -209,6 +209,24 @@ def test_the_program_states_both_sizes_as_they_are(shard, tmp_path, capsys, rele
 # --- what does not fit ---
 
 
+def test_what_the_text_encoder_computes_in_belongs_to_the_dataset(released):
+    codecs = codec_choice.build_codecs(encode_module.codec_choice(released("2.3")))
+    on_cpu, on_gpu = (encode_module._settings(replace(released("2.3"), device=d), codecs) for d in ("cpu", "cuda:1"))
+    assert (on_cpu["text_dtype"], on_gpu["text_dtype"]) == ("fp32", "bf16")
+    chosen = encode_module.codec_choice(replace(released("2.3"), device="cuda:1"))
+    assert (chosen.text_dtype, chosen.video_dtype) == (torch.bfloat16, torch.bfloat16)
+    assert codecs.text.dtype == torch.float32
+    embedded = encode_module.codec_choice(EncodeConfig(buckets=parse_buckets("32x32x17"), device="cuda"))
+    assert embedded.text_dtype is None
+
+
+def test_text_of_another_dtype_is_refused(shard, released, encoded, monkeypatch):
+    directory = encoded("2.3")
+    monkeypatch.setattr(encode_module, "_text_dtype", lambda config: encode_module.Dtype.BF16)
+    with pytest.raises(ConfigError, match=r"other settings \(text_dtype: fp32 there, bf16 now\)"):
+        encode([shard], directory, released("2.3"))
+
+
 def test_shards_of_another_video_codec_are_refused(shard, releases, released, encoded):
     with pytest.raises(ConfigError, match=r"begun with other settings \(video_codec: ltx2-video-.* now\)"):
         encode([shard], encoded("2.3"), replace(released("2.3"), video_codec=str(releases["2.0"].video_vae)))

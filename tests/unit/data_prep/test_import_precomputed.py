@@ -23,6 +23,7 @@ from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.geometry import audio_latent_length, pixel_frames
 from ltx2_train.record import Manifest, Sample, TextFeatures
 from ltx2_train.testing.released import write_release
+from ltx2_train.text import HashedTextEncoder
 
 NAMES = ("unknown:vae-2.3", "unknown:audio-vae-2.3", "unknown:gemma-3")
 WIDTHS = (12, 6)  # of the text features
@@ -170,11 +171,13 @@ def test_the_fingerprints_of_the_codecs_stand_in_the_manifest_where_their_files_
     assert (manifest.video_codec, manifest.audio_codec, manifest.text_encoder) == ("dct-1", "dct-1", "hashed-1")
 
 
-def test_released_components_are_known_by_their_fingerprints_and_found_again(caches, tmp_path):
+def test_released_components_are_known_by_their_fingerprints_and_found_again(caches, tmp_path, monkeypatch):
     release = write_release(tmp_path / "release", "2.3")
     caches.add("a")
     path = str(release.video_vae)
-    made_by = known_origin(caches.folder, path, path, NAMES[2])
+    with monkeypatch.context() as no_weights:
+        no_weights.setattr("ltx2_train.codecs.ltx2.fill", None)
+        made_by = known_origin(caches.folder, path, path, NAMES[2])
     import_precomputed(caches.folder, tmp_path / "out", ImportConfig(), made_by)
     manifest = Manifest.load(tmp_path / "out" / "train")
     assert (manifest.video_codec, manifest.audio_codec) == (load_video_codec(path).name, load_audio_codec(path).name)
@@ -521,6 +524,7 @@ def test_a_null_context_that_is_not_known_has_no_row_and_can_be_added_without_im
     first = import_precomputed(caches.folder, tmp_path / "out", ImportConfig(), unknown)
     directory = tmp_path / "out" / "train"
     assert "caption dropout and guidance away from the empty caption cannot be used" in caplog.text
+    assert "--text-encoder" not in caplog.text  # another name is another dataset: it cannot be added
     assert Manifest.load(directory).settings["null_context_rows"] == len(load_null_text(directory).video) == 0
     changed = (directory / "shard-000000.tar").stat().st_mtime_ns
     torch.save(text_file(1), tmp_path / "empty.pt")
@@ -536,6 +540,18 @@ def test_the_text_encoder_gives_the_null_context_where_the_folder_does_not_show_
     caches.add("a", conditions=text_file(5, (12, 12)))
     null = known_origin(caches.folder, *NAMES[:2], "hashed").text.encode([""])[0]
     assert (null.video.shape, null.audio.shape) == ((1, 12), (1, 12))
+
+
+def test_one_row_is_asked_of_the_text_encoder_in_bf16_where_it_is_told_to_run(caches, tmp_path, monkeypatch):
+    def build(name, *widths, **options):
+        asked.update(options)
+        return HashedTextEncoder(*widths)
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("ltx2_train.text.build_text_encoder", build)
+    caches.add("a", conditions=text_file(5, (12, 12)))
+    known_origin(caches.folder, *NAMES[:2], "gemma", "weights", device="cuda:1")
+    assert asked == {"weights": "weights", "device": "cuda:1", "dtype": torch.bfloat16}
 
 
 def test_a_null_context_of_another_text_encoder_is_refused(caches, tmp_path):

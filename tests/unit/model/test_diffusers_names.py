@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from ltx2_train.model.diffusers_names import (
     diffusers_config,
     diffusers_connectors_config,
     from_diffusers,
+    text_states,
     to_diffusers,
 )
 from ltx2_train.model.weights import load_connectors, load_transformer
@@ -132,6 +133,23 @@ def test_absent_arguments_mean_what_they_mean_to_diffusers():
 def test_what_this_program_has_no_code_for_is_named(transformer, connectors, message):
     with pytest.raises(CheckpointError, match=message):
         config_from_diffusers(transformer, connectors)
+
+
+def test_caption_channels_are_held_against_each_other_only_where_the_transformer_reads_them():
+    config = tiny_config("2.3")
+    transformer = {**diffusers_config(config), "caption_channels": 3840}
+    connectors = {**diffusers_connectors_config(config), "caption_channels": 36}
+    assert config_from_diffusers(transformer, connectors).caption_channels == 36
+    old = tiny_config("2.0")
+    with pytest.raises(CheckpointError, match="caption_channels=36 and 3840"):
+        config_from_diffusers({**diffusers_config(old), "caption_channels": 3840}, diffusers_connectors_config(old))
+
+
+def test_hidden_states_are_counted_by_the_width_that_diffusers_takes_for_granted():
+    config = replace(tiny_config("2.3"), caption_channels=None)
+    assert text_states(config, 3840 * 49) == 49
+    with pytest.raises(ConfigError, match="no whole number of hidden states"):
+        text_states(config, 36 * 4)
 
 
 def test_connectors_that_diffusers_cannot_express_are_refused():

@@ -1,13 +1,14 @@
 """The feature extractors against diffusers' text connectors fed by hand-mapped weights, and the files they come from."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from ltx2_train.errors import CheckpointError
 from ltx2_train.testing.released import GENERATIONS, text_projection_tensors
-from ltx2_train.text import load_feature_extractor
+from ltx2_train.text import has_projection, load_feature_extractor, projection_name
 from ltx2_train.text.features import PREFIX, V2_SETTINGS, open_projection
 from ltx2_train.weightfile import write_weights
 
@@ -124,6 +125,32 @@ def test_fp32_states_on_bf16_weights_are_computed_in_fp32(tmp_path):
 
 
 # --- files ---
+
+
+def write_component(folder, kind):
+    write_weights(folder / "model.safetensors", {"weight": torch.zeros(2, 2)}, {})
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind}))
+    return folder
+
+
+def test_a_projection_is_found_and_named_in_every_form_of_weights(tmp_path):
+    file = write_file(tmp_path / "folder" / "w.safetensors", "2.3")
+    peer_of(tensors_of("2.3")).save_pretrained(tmp_path / "pipeline" / "connectors")
+    transformer = write_component(tmp_path / "pipeline" / "transformer", "LTX2VideoTransformer3DModel")
+    name = projection_name(file)
+    assert re.fullmatch("features-v2:[0-9a-f]{12}", name)
+    for place in (file, file.parent, transformer.parent, transformer, transformer.parent / "connectors"):
+        assert has_projection(place), place
+        assert projection_name(place) == name
+
+
+def test_weights_without_a_projection_have_none(tmp_path):
+    write_weights(tmp_path / "w.safetensors", {"vae.x": torch.ones(3)}, {})
+    transformer = write_component(tmp_path / "pipeline" / "transformer", "LTX2VideoTransformer3DModel")
+    for place in (tmp_path / "w.safetensors", transformer, transformer.parent):
+        assert not has_projection(place), place
+    with pytest.raises(CheckpointError, match=r"transformer/config.json: not the configuration of text connectors"):
+        projection_name(transformer)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -173,3 +174,22 @@ def test_the_folder_tells_what_it_calls_itself(folders, tmp_path):
     shutil.copytree(folders["gemma4_unified"], tmp_path / "g")
     assert open_gemma(edit_config(tmp_path / "g", gemma_version="x-1")).gemma_version == "x-1"
     assert json.loads((tmp_path / "g" / "config.json").read_text())["model_type"] == "gemma4_unified"
+
+
+@pytest.mark.parametrize(("device", "placed"), [("cuda:1", {"": torch.device("cuda:1")}), ("cpu", None)])
+def test_weights_go_to_a_gpu_without_a_stay_in_host_memory(folders, monkeypatch, device, placed):
+    def stop(path, **options):
+        asked.append(options.get("device_map"))
+        raise torch.OutOfMemoryError("far enough")
+
+    asked = []
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", stop)
+    with pytest.raises(torch.OutOfMemoryError):
+        Gemma(open_gemma(folders["gemma3"]), device=device)
+    assert asked == [placed]
+
+
+def test_without_the_library_the_error_says_what_to_install(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r'pip install "ltx2_train\[released\]"'):
+        Gemma(open_gemma(folders["gemma3"]))

@@ -8,7 +8,13 @@ import torch
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.model.weights import load_connectors
 from ltx2_train.testing.released import GENERATIONS, write_release
-from ltx2_train.text import ContextEncoder, ReleasedTextEncoder, build_text_encoder, load_feature_extractor
+from ltx2_train.text import (
+    ContextEncoder,
+    ReleasedTextEncoder,
+    build_text_encoder,
+    load_feature_extractor,
+    projection_name,
+)
 from ltx2_train.text.gemma import Gemma, Tokenizer, open_gemma
 from ltx2_train.weightfile import open_weights, write_weights
 from tests.unit.text.tiny_gemma import edit_config, write_gemma
@@ -109,6 +115,7 @@ def test_naming_an_encoder_reads_no_weights(gemma, releases, monkeypatch):
     monkeypatch.setattr("ltx2_train.text.gemma._load", None)
     monkeypatch.setattr("ltx2_train.text.features.Projection.read", None)
     encoder = ReleasedTextEncoder(gemma, releases["2.3"].text_projection)
+    assert encoder.name.split("+")[1] == projection_name(releases["2.3"].text_projection)
     assert (encoder.name[:7], encoder.video_width, encoder.audio_width) == ("gemma3:", 40, 20)
 
 
