@@ -67,7 +67,7 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS)) $(REINSTALL)
 	@$(BIN)/python -c 'import torch; print(f"Ready: torch {torch.__version__},", "CUDA" if torch.cuda.is_available() else "CPU")'
 	@touch $@
 
-demo: setup  ## the whole story on small synthetic clips: make data, train, sample with sound, write a report (about 7 minutes)
+demo: setup  ## the whole story on small synthetic clips: make data, train, sample with sound, write a report (about 8 minutes)
 	$(BIN)/python -m ltx2_train.cli.demo $(ARGS)
 
 test: setup  ## the tests, without slow proofs and without those that need a GPU

@@ -13,12 +13,11 @@ from data_prep.pack import Dropped
 from data_prep.precomputed import SUFFIX, TEXT, Entry, evenly, list_folder, text_features
 from ltx2_train.data.datasets import load_null_text
 from ltx2_train.errors import ConfigError, DataError
-from ltx2_train.record import TextFeatures
+from ltx2_train.record import UNKNOWN, TextFeatures
 from ltx2_train.text import TextEncoder
 
 log = logging.getLogger(__name__)
 
-UNKNOWN = "unknown:"  # in front of a name that stands for no file
 PROBES = 32  # captions that are looked at to learn the widths of the text features and the null context
 SAME_ROW = 1 / 64  # largest difference, relative to a row's root mean square, that bf16 kernels explain
 

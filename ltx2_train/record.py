@@ -27,6 +27,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 NULL_TEXT_NAME = "null_text.safetensors"
 MANIFEST_VERSION = 1
+UNKNOWN = "unknown:"  # in front of the name of a codec or text encoder that made a dataset and is no longer there
 CHECKSUM = "crc32"  # field of the json member: of the safetensors bytes followed by the json without this field
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ltx2_train.errors import CheckpointError
 from ltx2_train.model.connector import Connectors
 from ltx2_train.model.weights import CONNECTOR_NAMES, load_connectors, read_weights
-from ltx2_train.text import ContextEncoder, TextEncoder, fingerprint_of
+from ltx2_train.text import ContextEncoder, TextEncoder, connectors_mark, fingerprint_of
 from ltx2_train.weightfile import Stored
 
 
@@ -48,7 +48,7 @@ def context_encoder(features: TextEncoder, path: str, device: str) -> ContextEnc
 def connectors_name(path: str) -> str | None:
     """The last part of the name of contexts that the connectors of a file or folder make; None where it has none."""
     own = _connectors_of(read_weights(path)[1])
-    return f"connectors:{fingerprint_of(own)[:12]}" if own else None  # as `ContextEncoder` has it
+    return connectors_mark(fingerprint_of(own)) if own else None
 
 
 def _connectors_of(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

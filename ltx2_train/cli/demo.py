@@ -15,7 +15,7 @@ from typing import Any
 PROGRAM = "ltx2-demo"
 STATE_NAME = "demo.json"
 DESCRIPTION = """\
-From nothing to a sampled clip with sound, in about seven minutes on two CPU cores:
+From nothing to a sampled clip with sound, in about eight minutes on two CPU cores:
 write small clips of a bouncing ball -> pack -> encode -> measure held-out loss -> train the demo model ->
 measure it again -> sample held-out captions, measure how well sound meets picture -> report.
 

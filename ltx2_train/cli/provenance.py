@@ -12,11 +12,10 @@ from ltx2_train.cli.contexts import connectors_name
 from ltx2_train.errors import CheckpointError, DataError
 from ltx2_train.model.generation import generation_of
 from ltx2_train.model.weights import fingerprint, read_config
-from ltx2_train.record import Manifest, TextCache
+from ltx2_train.record import UNKNOWN, Manifest, TextCache
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN = "unknown:"  # in front of a name that data_prep.import_precomputed was given for what is no longer there
 TELLS_NOTHING = (UNKNOWN, *codecs.EMBEDDED, *text.EMBEDDED)  # how names begin that say nothing of released parts
 TEXT_KINDS = {  # language model and feature extractor of the released generations
     "2.0": ("gemma3", "features-v1"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ltx2_train.errors import ConfigError
-from ltx2_train.text.context import ContextEncoder
+from ltx2_train.text.context import ContextEncoder, connectors_mark
 from ltx2_train.text.encoder import TextEncoder
 from ltx2_train.text.features import (
     FeatureExtractor,
@@ -27,6 +27,7 @@ __all__ = [
     "ReleasedTextEncoder",
     "TextEncoder",
     "build_text_encoder",
+    "connectors_mark",
     "fingerprint_of",
     "has_projection",
     "load_feature_extractor",

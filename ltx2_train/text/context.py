@@ -7,8 +7,14 @@ from torch import Tensor
 
 from ltx2_train.record import TextFeatures
 from ltx2_train.text.encoder import MAX_ROWS, TextEncoder
+from ltx2_train.text.features import MARK
 
 Connect = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def connectors_mark(fingerprint: str) -> str:
+    """How connectors stand in the name of what went through them."""
+    return f"connectors:{fingerprint[:MARK]}"
 
 
 class ContextEncoder:
@@ -20,7 +26,7 @@ class ContextEncoder:
         `fingerprint` is that of their weights.
         """
         self.features, self.connect, self.size = features, connect, size
-        self.name = f"{features.name}+connectors:{fingerprint[:12]}"
+        self.name = f"{features.name}+{connectors_mark(fingerprint)}"
         self.video_width, self.audio_width = features.video_width, features.audio_width
 
     @torch.no_grad()
