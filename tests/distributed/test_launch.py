@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCH = REPOSITORY / "launch"
 TORCHRUN, SLURM, ENCODE = (LAUNCH / name for name in ("torchrun.sh", "slurm.sbatch", "encode.sbatch"))
 SCRIPTS = (TORCHRUN, SLURM, ENCODE)
+# That of the environment, or the machine's.
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 WORKER = """
 import os, signal, sys, time
@@ -304,10 +306,10 @@ def test_an_encoding_task_that_makes_no_sense_is_refused(tmp_path, task, argumen
     assert message in answer.stderr
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    answer = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    answer = subprocess.run([str(SHELLCHECK), str(script)], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout
 
 
