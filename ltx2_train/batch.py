@@ -30,6 +30,7 @@ class Batch:
     has_video: Tensor
     has_audio: Tensor
     errors: tuple[str, ...] = ()  # one message per bad record, each naming its key
+    retried_reads: int = 0  # attempts at reading these samples that failed and were made again
 
     def __len__(self) -> int:
         return len(self.keys)

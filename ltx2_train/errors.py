@@ -20,4 +20,7 @@ class CheckpointError(Ltx2Error, RuntimeError):
 
 
 class NonFiniteError(Ltx2Error, ArithmeticError):
-    """A loss or gradient became NaN or infinite; it was not applied."""
+    """Update after update was bad: not finite, too large or too far off, and no rollback is left or possible.
+
+    None of them was applied, and the last checkpoint stays.
+    """

@@ -124,7 +124,7 @@ class Source:
 
         Raises `CheckpointError` for NaN or infinite values, and for another base than the run's.
         """
-        from ltx2_train.distributed.fsdp2 import saved_weights
+        from ltx2_train.distributed.saved import saved_weights
         from ltx2_train.errors import CheckpointError
         from ltx2_train.model.build import initial_weights
 

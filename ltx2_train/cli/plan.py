@@ -170,10 +170,11 @@ def _spread(step: "PlannedStep") -> float:
 
 
 def _worlds(plan: "Plan", world: int | None) -> Iterable[str]:
-    valid = plan.valid_world_sizes()
+    valid = plan.valid_data_sizes()
     more = f", ... {valid[-1]}" if len(valid) > SHOWN_WORLD_SIZES else ""
     yield ""
-    yield f"valid world sizes: {', '.join(map(str, valid[:SHOWN_WORLD_SIZES])) or 'none'}{more}"
+    listed = ", ".join(map(str, valid[:SHOWN_WORLD_SIZES])) or "none"
+    yield f"valid numbers of data ranks (processes / engine.sequence): {listed}{more}"
     if world is not None:
         parts = plan.split(world)
         passes = plan.config.micro_batches_per_step * parts // world

@@ -15,7 +15,7 @@ from ltx2_train.cli.schema import TrainJob, job_from_text, plain
 from ltx2_train.cli.train import build
 from ltx2_train.data.datasets import PROVENANCE
 from ltx2_train.diffusion.profiles import SamplerProfile, profile
-from ltx2_train.distributed.fsdp2 import saved_weights
+from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.model.build import initial_weights, transformer_config
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,14 +15,16 @@ from ltx2_train.cli.entry import launch, set_up_logging
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ltx2_train.batch import Batch
     from ltx2_train.cli.schema import TrainJob
     from ltx2_train.data.datasets import LatentDataset
     from ltx2_train.distributed.engine import Engine
     from ltx2_train.distributed.world import World
     from ltx2_train.model.config import TransformerConfig
-    from ltx2_train.train.checkpoint import Checkpointer, Restored
+    from ltx2_train.train.checkpoint import Checkpointer
     from ltx2_train.train.ema import Ema
     from ltx2_train.train.faults import Rollback
+    from ltx2_train.train.state import Changes, TrainState
     from ltx2_train.train.trainer import Evaluator, Outcome, Trainer
     from ltx2_train.weightfile import Stored
 
@@ -36,7 +38,9 @@ ltx2-train [GROUP=OPTION ...] [SETTING=VALUE ...]
 Trains the audio-video transformer on latent datasets (made by data_prep.encode), from scratch, from released weights,
 or a LoRA beside them. Everything goes into one run directory: configuration, metrics, checkpoints, evaluations. The
 same command given again goes on from the newest checkpoint. On SIGTERM, SIGINT or SIGUSR1 the step is finished and
-saved and the program ends with code 75; an error that a message explains ends it with 2.
+saved and the program ends with code 75; an error that a message explains ends it with 2. Updates that are not finite
+are not applied; after several in a row the run goes back to a checkpoint and on without their samples (train.faults).
+A run that hangs (train.hang_seconds) says where every rank is and ends with 70, for a launcher to start it again.
 
 Examples:
   ltx2-train experiment=demo data.datasets.0.path=outputs/demo/latents/train train.run_dir=outputs/demo/run
@@ -107,53 +111,62 @@ def build_trainer(
     from ltx2_train.cli.components import PATHS, resolved
     from ltx2_train.cli.schema import plain, save_job
     from ltx2_train.data.datasets import PROVENANCE
-    from ltx2_train.data.loader import BadRecords, Loader
-    from ltx2_train.data.plan import Plan
+    from ltx2_train.data.loader import Loader
+    from ltx2_train.data.plan import Plan, left_out
     from ltx2_train.diffusion.objective import Objective
     from ltx2_train.diffusion.profiles import profile
     from ltx2_train.distributed.sequence import GroupBatches
-    from ltx2_train.distributed.world import agreed
-    from ltx2_train.model.build import context_tokens, transformer_config
+    from ltx2_train.distributed.world import agreed, from_main
+    from ltx2_train.model.build import transformer_config
     from ltx2_train.train.checkpoint import Checkpointer
     from ltx2_train.train.ema import Ema
+    from ltx2_train.train.faults import LeftOut
     from ltx2_train.train.metrics import Metrics
     from ltx2_train.train.optim import learning_rate
     from ltx2_train.train.sinks import METRICS_NAME, open_sinks, recorded_events
-    from ltx2_train.train.state import TrainState
-    from ltx2_train.train.throughput import batch_load, training_flops
     from ltx2_train.train.trainer import Trainer
 
     run_dir = Path(job.train.run_dir)
     check_streams(job)
-    check_sequence(job)
     settle_places(job)
     config = agreed(world, lambda: transformer_config(job.model))
     datasets, heldout = agreed(world, lambda: open_datasets(job, config))
     manifest = datasets[0].manifest
     made_with = {name: getattr(manifest, name) for name in PROVENANCE}
     job.components = resolved(job.components, manifest.settings.get(PATHS, {}))
-    rollback = before.rollback if before is not None else None
-    origin = agreed(world, lambda: checkpoint_to_resume(job, rollback) if world.is_main else None)
-    origin = world.broadcast_object(origin)
-    known_as = agreed(world, lambda: identity(job, datasets, origin))
+    origin = find_origin(job, world, before)
+    known_as = agreed(world, lambda: identity(job, datasets, origin.directory))
     provenance = {**made_with, "base": known_as["model.weights"]}
     settings = plain(job) | {"sampler_profile": profile(job.evaluation.profile).to_dict(), "provenance": provenance}
     marker = config.use_keyframes_abs_pos_embedding
     objective = Objective(job.objective, datasets[0].null_text, marker)
-    engine = open_engine(job, world, resumed=origin is not None) if before is None else before.engine
+    engine = open_engine(job, world, resumed=origin.directory is not None) if before is None else before.engine
     ema = Ema(engine.shards(), job.ema) if job.ema is not None else None
-    keep = {"keep_last": job.train.keep_last, "keep_every": job.train.keep_every}
-    checkpoints = Checkpointer(run_dir, world, identity=known_as, **keep)
-    fixed = rollback is not None or job.train.resume != "auto"  # else an older one may stand in for a damaged one
-    anew = origin is None and job.train.resume == "never"
-    restored = None if anew else resume(checkpoints, engine, ema, origin if fixed else None)
-    state = TrainState() if restored is None else TrainState.from_dict(restored.state["train"])
-    state = state if rollback is None else state.rolled_back(rollback.keys)
-    state = replace(state, skipped=tuple(sorted({*state.skipped, *job.data.skip})))
-    plan = Plan([d.index for d in datasets], job.data.weights, job.data.plan, frozenset(state.skipped))
-    evaluated = world.broadcast_object(recorded_events(run_dir / METRICS_NAME, state.step))
-    if world.is_main:
-        save_job(job, run_dir)
+    checkpoints = Checkpointer(
+        run_dir,
+        world,
+        keep_last=job.train.keep_last,
+        keep_every=job.train.keep_every,
+        identity=known_as,
+        change=job.train.change if before is None else ["*"],  # a rollback stays in the run
+        origin=origin.noted,
+    )
+    state, changes = origin.state(checkpoints, engine, ema)
+    state, indexes, given = state.without(job.data.skip), [d.index for d in datasets], frozenset(job.data.skip)
+    plan = Plan(indexes, job.data.weights, job.data.plan, frozenset(state.skipped))
+    evaluated = from_main(world, lambda: recorded_events(run_dir / METRICS_NAME, state.step))
+    from_main(world, lambda: save_job(job, run_dir))
+    sinks = agreed(
+        world,
+        lambda: open_sinks(
+            job.sinks,
+            run_dir,
+            step=state.step,
+            max_steps=job.train.max_steps,
+            settings=settings,
+            is_main=world.is_main,
+        ),
+    )
     return Trainer(
         config=job.train,
         seed=job.seed,
@@ -168,27 +181,36 @@ def build_trainer(
         checkpoints=checkpoints,
         state=state,
         ema=ema,
-        sinks=open_sinks(
-            job.sinks,
-            run_dir,
-            step=state.step,
-            max_steps=job.train.max_steps,
-            settings=settings,
-            is_main=world.is_main,
-        ),
+        sinks=sinks,
         evaluators=evaluators(job, heldout, marker, world),
         evaluated={(state.step, name) for name in evaluated},
-        records=BadRecords(job.data.loader.bad_fraction),
+        bad_fraction=job.data.loader.bad_fraction,
+        left_out=lambda keys: [LeftOut(*counts) for counts in left_out(indexes, frozenset(keys), given)],
+        changes=changes,
         job=settings,
-        rolled_back=rollback,
+        rolled_back=origin.rollback,
         position=position,
-        flops=lambda batch: training_flops(
-            config,
-            batch_load(batch, context_tokens(job.model), job.model.streams),
-            lora=job.lora,
-            connectors_trained=job.model.train_connectors,
-        ),
+        **flops(job, config, engine),
     )
+
+
+def flops(job: "TrainJob", config: "TransformerConfig", engine: "Engine") -> "dict[str, Callable[[Batch], float]]":
+    """What training on a micro-batch costs: `flops` that it needs, `recomputed_flops` that its backward ran again."""
+    from ltx2_train.distributed.engine import Recompute
+    from ltx2_train.model.build import context_tokens
+    from ltx2_train.train.throughput import Load, batch_load, recomputed_flops, training_flops
+
+    def load(batch: "Batch") -> Load:
+        return batch_load(batch, context_tokens(job.model), job.model.streams)
+
+    def needed(batch: "Batch") -> float:
+        return training_flops(config, load(batch), lora=job.lora, connectors_trained=job.model.train_connectors)
+
+    def again(batch: "Batch") -> float:
+        attentions = job.engine.recompute is not Recompute.selective
+        return recomputed_flops(config, load(batch), engine.recomputed(), attentions=attentions, lora=job.lora)
+
+    return {"flops": needed, "recomputed_flops": again}
 
 
 def settle_places(job: "TrainJob") -> None:
@@ -234,22 +256,6 @@ def check_streams(job: "TrainJob") -> None:
         )
 
 
-def check_sequence(job: "TrainJob") -> None:
-    """Raises `ConfigError` for a policy under which the ranks that share a sample would not recompute the same blocks.
-
-    Their pieces may differ by a token, and so what they measure. A block recomputed on one of them alone would wait for
-    heads that the others never send.
-    """
-    from ltx2_train.distributed.engine import Recompute
-    from ltx2_train.errors import ConfigError
-
-    if job.engine.sequence > 1 and job.engine.recompute is Recompute.budget:
-        raise ConfigError(
-            f"engine.recompute=budget with engine.sequence={job.engine.sequence}: the ranks of a group would choose each "
-            "for itself. Take engine.recompute=full, selective or every_n"
-        )
-
-
 def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":
     """The datasets to train on and to evaluate on. Raises `DataError` when they do not fit each other or the model."""
     from ltx2_train.cli.provenance import check_belongs
@@ -290,16 +296,15 @@ def check_captions(dataset: "LatentDataset", job: "TrainJob") -> None:
 
 
 def open_engine(job: "TrainJob", world: "World", *, resumed: bool = False) -> "Engine":
-    """The model, with adapters if there are any, its tokens and weights shared out, and filled.
+    """The model, with adapters if there are any, shared out and filled.
 
     `resumed`: a checkpoint will be loaded into it.
     """
     from ltx2_train.distributed.build import build_engine
-    from ltx2_train.distributed.sequence import apply_sequence_parallel
     from ltx2_train.distributed.world import agreed
 
     return build_engine(
-        lambda: apply_sequence_parallel(build(job), world),
+        lambda: build(job),
         lambda model: agreed(world, lambda: begun(starting_weights(model, job, resumed=resumed))),
         job.engine,
         world,
@@ -338,39 +343,68 @@ def build(job: "TrainJob") -> "nn.Module":
     return add_lora(model, job.lora)
 
 
-def checkpoint_to_resume(job: "TrainJob", rollback: "Rollback | None" = None) -> Path | None:
-    """The checkpoint that the run goes on from: where a rollback leads to, or else what the job says; None at a start.
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run goes on from."""
 
-    Raises `CheckpointError` when there is none where the job says so, `ConfigError` when there should be none.
+    directory: Path | None  # the checkpoint; None: step 0
+    fixed: bool  # this one and no other; else an older one may stand in for a damaged one
+    noted: str  # in the checkpoints from here on: what train.resume was when this course began
+    rollback: "Rollback | None" = None  # that leads there
+
+    def state(self, checkpoints: "Checkpointer", engine: "Engine", ema: "Ema | None") -> "tuple[TrainState, Changes]":
+        """The state that training begins with, and the settings changed there; weights, optimizer and average are loaded.
+
+        Raises `CheckpointError` when they do not fit.
+        """
+        from ltx2_train.train.state import TrainState
+
+        if self.directory is None and self.fixed:
+            return TrainState(), {}
+        template = ema.state() if ema is not None else {}
+        restored = checkpoints.load(engine, template, self.directory if self.fixed else None)
+        if restored is None:
+            return TrainState(), {}
+        if ema is not None:
+            ema.restore(restored.state)
+        state = TrainState.from_dict(restored.state["train"])
+        state = state if self.rollback is None else state.rolled_back(self.rollback.keys)
+        return state, restored.changes
+
+
+def find_origin(job: "TrainJob", world: "World", before: "Trainer | None") -> Origin:
+    """Where the rollback of the trainer before leads, or else what rank 0 finds. Raises what `origin_of` raises."""
+    from ltx2_train.distributed.world import from_main
+
+    if before is not None:
+        assert before.rollback is not None
+        return Origin(before.rollback.directory, True, before.checkpoints.origin, before.rollback)
+    return from_main(world, lambda: origin_of(Path(job.train.run_dir), job.train.resume))
+
+
+def origin_of(run_dir: Path, wish: str) -> Origin:
+    """Where train.resume leads. It is obeyed once: checkpoints note it, and the same wish goes on from the newest of them.
+
+    Raises `CheckpointError` when there is none where it says so, `ConfigError` when there should be none.
     """
     from ltx2_train.errors import CheckpointError, ConfigError
-    from ltx2_train.train.checkpoint import newest_complete
+    from ltx2_train.train.checkpoint import holds_checkpoints, newest_complete, noted_origin
 
-    if rollback is not None:
-        return rollback.directory
-    wish, newest = job.train.resume, newest_complete(Path(job.train.run_dir))
-    if wish == "never" and newest is not None:
-        raise ConfigError(f"train.resume=never, but {job.train.run_dir} holds checkpoints. Name another train.run_dir")
-    if wish in ("never", "auto"):
-        return newest
+    newest = newest_complete(run_dir)
+    noted = "" if newest is None else noted_origin(newest)
+    wished = wish if wish in ("auto", "never") else str(Path(wish).resolve())
+    if wished in ("auto", noted):
+        if wished == noted:
+            logger.info("train.resume=%s: this run began with it and goes on from its newest checkpoint", wish)
+        return Origin(newest, False, noted)
+    if wished == "never":
+        if holds_checkpoints(run_dir):
+            raise ConfigError(f"train.resume=never, but {run_dir} holds checkpoints. Name another train.run_dir")
+        return Origin(None, True, wished)
     directory = Path(wish) if not (Path(wish) / "checkpoints").is_dir() else newest_complete(Path(wish))
     if directory is None or not directory.is_dir():
         raise CheckpointError(f"train.resume={wish}: no checkpoint there. Name a step-... directory or a run directory")
-    return directory
-
-
-def resume(
-    checkpoints: "Checkpointer", engine: "Engine", ema: "Ema | None", directory: Path | None
-) -> "Restored | None":
-    """The state of `directory`, or else of the run's newest good checkpoint, loaded; None where there is none.
-
-    Raises `CheckpointError` when it does not fit.
-    """
-    template = ema.state() if ema is not None else {}
-    restored = checkpoints.load(engine, template, directory)
-    if restored is not None and ema is not None:
-        ema.restore(restored.state)
-    return restored
+    return Origin(directory, True, wished)
 
 
 def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]", origin: Path | None = None) -> dict[str, Any]:

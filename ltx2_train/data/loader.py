@@ -5,11 +5,10 @@ import logging
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ltx2_train.batch import Batch, collate, placeholder
@@ -46,32 +45,13 @@ class LoaderConfig:
             raise ConfigError(f"bad_fraction = {self.bad_fraction}; must be between 0 and 1")
 
 
-class BadRecords:
-    """Counts damaged records against a limit. Each rank adds its batches; the sums over ranks are checked."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.bad = 0
-        self.seen = 0
-        self.first = ""
-
-    def add(self, batch: Batch) -> None:
-        self.bad += len(batch.errors)
-        self.seen += len(batch)
-        self.first = self.first or next(iter(batch.errors), "")
-
-    def counts(self) -> Tensor:
-        """(2,) int64: damaged records and records seen by this rank, to be summed over the ranks."""
-        return torch.tensor([self.bad, self.seen])
-
-    def check(self, counts: Tensor | None = None) -> None:
-        """Raises `DataError` when `counts` (summed over the ranks; None: this rank's own) are above the limit."""
-        bad, seen = (int(n) for n in (self.counts() if counts is None else counts))
-        if bad > self.limit * max(seen, FEWEST_SEEN):
-            raise DataError(
-                f"{bad} of {seen} records are damaged, more than bad_fraction = {self.limit} allows. First on this "
-                f"rank: {self.first or 'none'}. Repair the shards, or raise bad_fraction"
-            )
+def check_bad_records(bad: int, seen: int, limit: float, example: str) -> None:
+    """Raises `DataError` when so many damaged records, of all that the run has read, are above the limit."""
+    if bad > limit * max(seen, FEWEST_SEEN):
+        raise DataError(
+            f"{bad} of {seen} records are damaged, more than bad_fraction = {limit} allows. Among them: {example}. "
+            "Repair the shards, or raise bad_fraction"
+        )
 
 
 class BatchReader(Dataset[Batch]):
@@ -82,8 +62,14 @@ class BatchReader(Dataset[Batch]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         errors: list[str] = []
+        retried = self._retried_reads()
         samples = [self._read(ref, micro_batch.bucket, errors) for ref in micro_batch.samples]
-        return collate(samples, micro_batch.positions, micro_batch.bucket, errors)
+        batch = collate(samples, micro_batch.positions, micro_batch.bucket, errors)
+        return replace(batch, retried_reads=self._retried_reads() - retried)
+
+    def _retried_reads(self) -> int:
+        """Of all stores in this process, so far."""
+        return sum(dataset.store.retried_reads for dataset in self.datasets)
 
     def _read(self, ref: SampleRef, bucket: Bucket, errors: list[str]) -> Sample:
         dataset = self.datasets[ref.dataset]
@@ -99,16 +85,16 @@ class BatchReader(Dataset[Batch]):
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The micro-batches of one rank, without end, in the order in which they are wanted."""
+    """The micro-batches of one data rank, without end, in the order in which they are wanted."""
 
     plan: Plan
-    rank: int
-    world_size: int
+    data_rank: int
+    data_size: int
     start_step: int
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in itertools.count(self.start_step):
-            yield from self.plan.rank_step(step, self.rank, self.world_size)
+            yield from self.plan.rank_step(step, self.data_rank, self.data_size)
 
 
 class Loader:
@@ -118,16 +104,16 @@ class Loader:
         self,
         datasets: Sequence[LatentDataset],
         plan: Plan,
-        rank: int = 0,
-        world_size: int = 1,
+        data_rank: int = 0,
+        data_size: int = 1,
         start_step: int = 0,
         config: LoaderConfig | None = None,
     ) -> None:
-        """`datasets` in the order of the plan's indexes. Raises `ConfigError` when the plan does not fit the world."""
+        """`datasets` in the order of the plan's indexes. Raises `ConfigError` when the plan does not fit the data ranks."""
         self.reader = BatchReader(datasets)
         self.config = config or LoaderConfig()
-        self.work = _Work(plan, rank, world_size, start_step)
-        self.batches_per_step = plan.config.micro_batches_per_step * plan.split(world_size) // world_size
+        self.work = _Work(plan, data_rank, data_size, start_step)
+        self.batches_per_step = plan.config.micro_batches_per_step * plan.split(data_size) // data_size
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = iter(self._data_loader())

@@ -349,29 +349,33 @@ class Plan:
         sizes = [(m.bucket.signature, len(m.samples)) for m in self.step(n).micro_batches]
         return sum(k for s, k in sizes if "v" in s), sum(k for s, k in sizes if "a" in s)
 
-    def rank_step(self, n: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
-        """The micro-batches of step n that a rank loads: numbers rank, rank + world_size, ... after the split."""
-        assert 0 <= rank < world_size
-        parts = self.split(world_size)
-        return tuple(part for m in self.step(n).micro_batches for part in m.split(parts))[rank::world_size]
+    def rank_step(self, n: int, data_rank: int, data_size: int) -> tuple[MicroBatch, ...]:
+        """The micro-batches of step n that a data rank loads: numbers data_rank, + data_size, ... after the split."""
+        assert 0 <= data_rank < data_size
+        parts = self.split(data_size)
+        return tuple(part for m in self.step(n).micro_batches for part in m.split(parts))[data_rank::data_size]
 
-    def split(self, world_size: int) -> int:
-        """Parts that every micro-batch is cut into on so many ranks. Raises `ConfigError` naming the valid numbers."""
+    def split(self, data_size: int) -> int:
+        """Parts that every micro-batch is cut into on so many data ranks. Raises `ConfigError` naming the valid numbers.
+
+        A data rank is a group of processes that share samples: there are processes / engine.sequence of them.
+        """
         size = self.config.micro_batches_per_step
-        parts = self.config.split or world_size // math.gcd(world_size, size)
+        parts = self.config.split or data_size // math.gcd(data_size, size)
         smallest = int(self._micro_batch_samples.min())
-        if size * parts % world_size or parts > smallest:
+        if size * parts % data_size or parts > smallest:
             bucket = self.buckets[int(self._micro_batch_samples.argmin())]
-            valid = self.valid_world_sizes()
+            valid = self.valid_data_sizes()
             raise ConfigError(
-                f"world size {world_size} with micro_batches_per_step = {size}, split = {self.config.split}: valid "
-                f"sizes are {', '.join(map(str, valid)) or 'none'} (a micro-batch of bucket {bucket} has {smallest} "
-                f"samples to cut). Use one of these, or set micro_batches_per_step to a multiple of {world_size}"
+                f"{data_size} data ranks (processes / engine.sequence) with micro_batches_per_step = {size}, split = "
+                f"{self.config.split}: valid numbers are {', '.join(map(str, valid)) or 'none'} (a micro-batch of bucket "
+                f"{bucket} has {smallest} samples to cut). Start so many, or set micro_batches_per_step to a multiple of "
+                f"{data_size}"
             )
         return parts
 
-    def valid_world_sizes(self) -> list[int]:
-        """All numbers of ranks that this plan runs on with the same global batches."""
+    def valid_data_sizes(self) -> list[int]:
+        """All numbers of data ranks that this plan runs on with the same global batches."""
         size, smallest = self.config.micro_batches_per_step, int(self._micro_batch_samples.min())
         if self.config.split is not None:
             whole = size * self.config.split
@@ -400,6 +404,12 @@ def _remember(cache: dict[int, Spares] | dict[int, Groups], window: int, value: 
     cache[window] = value  # type: ignore[assignment]
     while len(cache) > KEPT_WINDOWS:
         del cache[next(iter(cache))]
+
+
+def left_out(indexes: Sequence[Index], skipped: frozenset[str], given: frozenset[str]) -> list[tuple[int, int]]:
+    """Per dataset: how many samples are skipped beyond the given ones, and of how many that is."""
+    every, known = _find_skipped(indexes, skipped | given), _find_skipped(indexes, given)
+    return [(len(e) - len(k), len(index) - len(k)) for index, e, k in zip(indexes, every, known, strict=True)]
 
 
 def _find_skipped(indexes: Sequence[Index], skipped: frozenset[str]) -> list[Ints]:

@@ -88,6 +88,7 @@ class Store:
         self.location = as_local(location).rstrip("/") or "/"
         self.config = config or StoreConfig()
         self.remote = is_remote(self.location)
+        self.retried_reads = 0  # attempts that failed and were made again, in this process
         self.version = ""  # of the files: those of another version are cached apart
         self._files: OrderedDict[str, int] = OrderedDict()
         self._filesystem: tuple[int, Any, str] | None = None
@@ -182,6 +183,7 @@ class Store:
                     raise DataError(
                         f"{what}: unreadable after {attempt} attempts ({error}). Check the store"
                     ) from error
+                self.retried_reads += 1
                 logger.warning("%s: attempt %d of %d failed (%s)", what, attempt, self.config.attempts, error)
             time.sleep(wait)
             wait *= 2

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ltx2_train.distributed.engine import Backend, Engine, EngineConfig
+from ltx2_train.distributed.sequence import apply_sequence_parallel
+from ltx2_train.distributed.sharded import tensor_shapes
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.weightfile import Stored
@@ -16,25 +18,31 @@ Initialise = Callable[[nn.Module], Iterable[tuple[str, Tensor | Stored]]]
 
 
 def build_engine(build_model: BuildModel, initialise: Initialise | None, config: EngineConfig, world: World) -> Engine:
-    """The engine, its weights sharded over the world and filled.
+    """The engine: tokens shared out over `config.sequence` ranks, weights sharded over all of them and filled.
 
     `build_model` is called on the meta device, more than once. `initialise` gets such a whole model for its names and
     shapes, and gives (name, whole tensor, or one still in a file) of every parameter and buffer; each is generated or read,
     sharded and dropped before the next, so that the whole model is nowhere in memory. None: what `build_model` makes on
     rank 0.
-    Raises `CheckpointError` when a tensor is missing, unknown or of another shape.
+    Raises `CheckpointError` when a tensor is missing, unknown or of another shape, `ConfigError` when `world` is not in
+    groups of `config.sequence` ranks.
     """
+    if world.sequence != config.sequence:
+        raise ConfigError(
+            f"engine.sequence={config.sequence}, but the ranks are in groups of {world.sequence}: "
+            f"give world.sharing_samples({config.sequence})"
+        )
     with torch.device("meta"):
         whole = build_model()
     freeze_parameters(whole, config.freeze)
     weights = initialise(whole) if initialise is not None else _from_rank_zero(build_model, world)
 
-    def build_frozen() -> nn.Module:
-        model = build_model()
+    def build_shared() -> nn.Module:
+        model = apply_sequence_parallel(build_model(), world)
         freeze_parameters(model, config.freeze)
         return model
 
-    return _engine(config.backend)(build_frozen, checked(weights, tensor_shapes(whole)), config, world)
+    return _engine(config.backend)(build_shared, checked(weights, tensor_shapes(whole)), config, world)
 
 
 def _engine(backend: Backend) -> Callable[..., Engine]:
@@ -60,12 +68,6 @@ def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ConfigError(f"engine.freeze={patterns}: nothing is left to train")
-
-
-def tensor_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The whole shape of every parameter and buffer, by name."""
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: tensor.shape for name, tensor in named.items()}
 
 
 def checked(

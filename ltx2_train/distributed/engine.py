@@ -1,7 +1,7 @@
 """The engine: a sharded model with its optimizer, behind the one interface that the trainer knows."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -132,6 +132,13 @@ class EngineConfig:
             raise ConfigError(f"engine.recompute_budget_gb={budget}: must be above 0")
         if self.recompute is Recompute.budget and budget is None:
             raise ConfigError("engine.recompute=budget: say how many GB in engine.recompute_budget_gb")
+        if self.recompute is Recompute.budget and self.sequence > 1:
+            # Their pieces may differ by a token, and so what they measure; a block recomputed on one of them alone would
+            # wait for heads that the others never send.
+            raise ConfigError(
+                f"engine.recompute=budget with engine.sequence={self.sequence}: the ranks of a group would choose each "
+                "for itself. Take engine.recompute=full, selective or every_n"
+            )
         if self.recompute is Recompute.selective and self.compile:
             raise ConfigError(
                 "engine.compile=true: compiled code does not show the attentions that engine.recompute=selective keeps. "
@@ -148,6 +155,16 @@ class EngineConfig:
                     f"engine.{name}={getattr(self, name)}: engine.backend=zero3 {reason}. Leave it at {only}, or take "
                     "engine.backend=fsdp2"
                 )
+        if self.recompute is Recompute.selective:
+            raise ConfigError(
+                "engine.recompute=selective: engine.backend=zero3 gathers weights inside a block, where single operations "
+                "cannot be kept. Take engine.recompute=full or every_n, or engine.backend=fsdp2"
+            )
+        if self.recompute is Recompute.budget:
+            raise ConfigError(
+                "engine.recompute=budget: engine.backend=zero3 gathers weights again where a block is recomputed, and ranks "
+                "with other shapes would recompute others. Take engine.recompute=full or every_n, or engine.backend=fsdp2"
+            )
 
 
 # The one value that ZeRO-3 has for a setting, and why.
@@ -155,6 +172,7 @@ _ZERO3_ONLY: dict[str, tuple[Any, str]] = {
     "replicate": (1, "shards over all ranks"),
     "reshard": (True, "always frees a block's weights after its forward"),
     "prefetch": (0, "gathers ahead by its own rules"),
+    "compile": (False, "gathers weights inside a block, where a compiled block has none"),
 }
 
 
@@ -196,10 +214,17 @@ class Engine(Protocol):
     model: Callable[..., Any]  # forward only; same signature as the transformer
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients, summed (not averaged) over the data ranks. `last`: final micro-batch of the step."""
+        """Accumulate gradients, summed (not averaged) over the data ranks. `last`: final micro-batch of the step.
+
+        Every trained parameter must be reached by every micro-batch on every rank, if only with a gradient of zeros: the
+        collectives that reduce it follow from that.
+        """
 
     def step(self, *, lr: float) -> StepResult:
         """Clip, update and clear the gradients."""
+
+    def recomputed(self) -> Collection[str]:
+        """Names of the blocks that backward runs again after this rank's last forward, where it goes through them."""
 
     def shards(self) -> Iterable[tuple[str, Tensor]]:
         """This rank's fp32 master shards of the trained parameters, by parameter name."""

@@ -3,7 +3,7 @@
 Each turns a block's forward into one that gives the same bits and gradients with less memory in between.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -28,18 +28,23 @@ ATTENTIONS = (
 )
 
 
-def apply_recompute(units: list[nn.Module], config: EngineConfig) -> None:
-    """Replaces the blocks' forwards, not the blocks: no parameter is renamed."""
+def apply_recompute(units: list[nn.Module], config: EngineConfig) -> Callable[[], Sequence[int]]:
+    """Replaces the blocks' forwards, not the blocks: no parameter is renamed.
+
+    Gives what tells which of `units`, by number, backward runs again after the last forward, where it goes through them.
+    """
     if config.recompute is Recompute.budget:
         assert config.recompute_budget_gb is not None
         budget = Budget(units, config.recompute_budget_gb * 1e9)
         for i, unit in enumerate(units):
             unit.forward = partial(budget.run, i, unit.forward)
-        return
+        return lambda: budget.again
     every = config.recompute_every if config.recompute is Recompute.every_n else 1
     context = attention_kept if config.recompute is Recompute.selective else None
-    for unit in units[::every] if config.recompute is not Recompute.none else ():
-        unit.forward = recomputed(unit.forward, context)
+    again = range(0, len(units) if config.recompute is not Recompute.none else 0, every)
+    for i in again:
+        units[i].forward = recomputed(units[i].forward, context)
+    return lambda: again
 
 
 def recomputed(forward: Forward, context: Callable[[], Any] | None = None) -> Forward:
@@ -74,6 +79,7 @@ class Budget:
 
     def _begin(self) -> None:
         self._left, self._last = self.num_bytes, -1
+        self.again: list[int] = []
         self._sizes: dict[Any, int] = {}
 
     def run(self, index: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -87,6 +93,7 @@ class Budget:
             return self._measure(index, forward, *args, **kwargs)
         size, others = self._sizes[kind], self._kinds[index + 1 :].count(kind)
         if self._left < size * (2 if others else 1):  # one of the others would need room while it is recomputed
+            self.again.append(index)
             return recomputed(forward)(*args, **kwargs)
         self._left -= size
         return forward(*args, **kwargs)

@@ -1,6 +1,6 @@
 """The blocks of a model: what is gathered, recomputed and compiled as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -25,15 +25,15 @@ def _list_children(module: nn.Module) -> list[nn.Module]:
     return units
 
 
-def prepare_units(units: list[nn.Module], config: EngineConfig) -> None:
-    """Compiles and recomputes the blocks as configured, without renaming a parameter.
+def prepare_units(units: list[nn.Module], config: EngineConfig) -> Callable[[], Sequence[int]]:
+    """Compiles and recomputes the blocks as configured, without renaming a parameter. Gives what `apply_recompute` gives.
 
     The forward itself is replaced, not the module, so that sharding's hooks (gather before, free after) lie outside of
     what is compiled and recomputed. Compiled code lies inside recomputation.
     """
     if config.compile:
         _compile(units)
-    apply_recompute(units, config)
+    return apply_recompute(units, config)
 
 
 def _compile(units: list[nn.Module]) -> None:

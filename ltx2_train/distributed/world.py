@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -127,6 +127,21 @@ def agreed(world: Gathers, task: Callable[[], T]) -> T:
         together.agreed = True
         raise together from own
     return result
+
+
+class Tells(Gathers, Protocol):
+    """What of a world `from_main` needs."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def broadcast_object(self, value: T) -> T: ...
+
+
+def from_main(world: Tells, task: Callable[[], T]) -> T:
+    """What `task`, which rank 0 alone does, gives: on all ranks. If it fails, all of them raise, as in `agreed`."""
+    done = agreed(world, lambda: task() if world.is_main else None)
+    return world.broadcast_object(cast(T, done))
 
 
 def _told(error: Exception | None) -> tuple[type[Ltx2Error], str] | None:

@@ -1,4 +1,4 @@
-"""The ZeRO-3 engine: DeepSpeed shards, gathers and reduces; norm, update and checkpoints are those of the FSDP2 engine.
+"""The ZeRO-3 engine: DeepSpeed shards, gathers and reduces; norm, update and checkpoints are those of every engine.
 
 Every parameter is cut into one range of its flattened elements per rank. DeepSpeed keeps this rank's range in the dtype
 that is computed in, gathers whole parameters around each module and adds up the gradients of the range. Its optimizer is
@@ -10,64 +10,32 @@ Source: ZeRO (arXiv:1910.02054).
 """
 
 import logging
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ltx2_train.distributed.base import fingerprints
-from ltx2_train.distributed.engine import EngineConfig, Offload, PendingSave, Precision, Recompute, StepResult
-from ltx2_train.distributed.fsdp2 import Fsdp2Engine, _adamw, _DcpSave, _save_talk, _split_extra
-from ltx2_train.distributed.units import prepare_units, shard_units
+from ltx2_train.distributed.engine import EngineConfig, Offload, Precision
+from ltx2_train.distributed.held import Held
+from ltx2_train.distributed.sharded import ShardedEngine
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import ConfigError
 
 REDUCED_AT_ONCE = 1 << 27  # elements, fp32: gradients wait in a buffer of this size to be reduced together
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Elements start .. stop - 1 of a flattened parameter: those that this rank holds. It may be none."""
-
-    shape: torch.Size  # of the whole parameter
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def of(self, weight: Any) -> Tensor:
-        """(len,) of a whole tensor, or of a stored one, of which only the rows around are read."""
-        if isinstance(weight, Tensor):
-            return weight.reshape(-1)[self.start : self.stop]
-        row = math.prod(self.shape[1:])
-        first, last = self.start // row, -(-self.stop // row)
-        return weight.rows(first, last).reshape(-1)[self.start - first * row : self.stop - first * row]
-
-
-class Zero3Engine(Fsdp2Engine):
+class Zero3Engine(ShardedEngine):
     """Implements `Engine` on DeepSpeed's ZeRO stage 3."""
 
     def __init__(
         self, build: Callable[[], nn.Module], weights: Iterable[tuple[str, Any]], config: EngineConfig, world: World
     ) -> None:
-        _check(config)
-        self.config, self.world = config, world
-        self._save_talk = _save_talk(world)
         deepspeed = _import_deepspeed(world)
-        with torch.device("meta"):
-            self.module = build()
-        shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
-        prepare_units(shard_units(self.module), config)
+        super().__init__(build, config, world)
         _partition(deepspeed, self.module, config, world)
         parameters: dict[str, Any] = dict(self.module.named_parameters())
         self._parameters, self._buffers = parameters, dict(self.module.named_buffers())
@@ -75,16 +43,15 @@ class Zero3Engine(Fsdp2Engine):
         _watch_gradients(self._parameters, self._touched)
         self._deepspeed = _initialize(deepspeed, self.module, config, world)
         self._zero = self._deepspeed.optimizer
-        self.model: Callable[..., Any] = self._deepspeed
+        self.model = self._deepspeed
         self._names = {parameter.ds_id: name for name, parameter in parameters.items()}
-        self._padded: dict[str, Tensor] = {name: p.ds_tensor for name, p in parameters.items()}  # the last ranks' are
-        self._held = {name: _held(shapes[name], len(padded), world) for name, padded in self._padded.items()}
-        self._stored = {name: padded[: len(self._held[name])] for name, padded in self._padded.items()}
-        self._masters = self._views(self._zero.fp32_partitioned_groups_flat)
+        padded: dict[str, Tensor] = {name: p.ds_tensor for name, p in parameters.items()}  # the last ranks' are
+        self._held = {name: Held.cut(self._shapes[name], len(own), world.rank) for name, own in padded.items()}
+        self._kept = {name: own[: len(self._held[name])] for name, own in padded.items()}
+        masters = self._views(self._zero.fp32_partitioned_groups_flat)
         sizes = [len(flat) for flat in self._zero.fp32_partitioned_groups_flat]
-        self._gradients = self._views(self._zero.grad_partitions_flat_buffer.split(sizes))
-        self._fill(weights)
-        self._optimizer = _adamw(self._masters, {name: len(shape) for name, shape in shapes.items()}, config)
+        self._held_gradients = self._views(self._zero.grad_partitions_flat_buffer.split(sizes))
+        self._begin(masters, weights)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates this rank's range of the gradients, reduced with every micro-batch."""
@@ -92,48 +59,10 @@ class Zero3Engine(Fsdp2Engine):
         self._deepspeed.set_gradient_accumulation_boundary(False)
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
-    @torch.no_grad()
-    def step(self, *, lr: float) -> StepResult:
-        """Clips, updates and clears the gradients. A non-finite norm, or one above `skip_above`, is not applied."""
+    def _gradients(self) -> dict[str, Tensor]:
         self._drop_whole()
-        grads = {name: grad for name, grad in self._gradients.items() if name in self._touched}
         self._zero.grad_partitions_flat_buffer.mul_(self.world.size)  # DeepSpeed's are means over the ranks
-        norm = self._global_norm(list(grads.values()))
-        applied = math.isfinite(norm) and (self.config.skip_above is None or norm <= self.config.skip_above)
-        if applied:
-            self._update(grads, norm, lr)
-        self._clear_gradients()
-        return StepResult(norm, applied)
-
-    def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Whole CPU copies, one at a time, on rank 0; empty tensors elsewhere."""
-        for name in self._masters if trained_only else self._parameters:
-            yield name, self._gathered(name, self._masters.get(name, self._stored[name]))
-
-    def save(self, directory: Path, extra: dict[str, Any]) -> PendingSave:
-        """Copies the state to the host and writes it in a thread (PyTorch distributed checkpoint)."""
-        import torch.distributed.checkpoint as dcp
-
-        tensors, plain = _split_extra(extra)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {part: {n: _on_host(t) for n, t in named.items()} for part, named in self._state(tensors).items()}
-        num_bytes = sum(t.numel() * t.element_size() for named in state.values() for t in named.values())
-        thread = ThreadPoolExecutor(1, "checkpoint")
-        future = thread.submit(dcp.save, state, storage_writer=dcp.FileSystemWriter(directory), **self._save_talk)
-        thread.shutdown(wait=False)
-        return _DcpSave(future, directory, self.world, self._index(tensors, plain), num_bytes)
-
-    @torch.no_grad()
-    def _fill(self, weights: Iterable[tuple[str, Any]]) -> None:
-        """This rank's range is cut out of each tensor, or read of it, and the tensor dropped."""
-        for name, weight in weights:
-            if name in self._buffers:
-                self._buffers[name].copy_(weight if isinstance(weight, Tensor) else weight.read())
-                continue
-            values = self._held[name].of(weight)
-            for place in (self._stored, self._masters):
-                if name in place:
-                    place[name].copy_(values)
+        return {name: grad for name, grad in self._held_gradients.items() if name in self._touched}
 
     def _views(self, flats: Iterable[Tensor]) -> dict[str, Tensor]:
         """(len,) this rank's range of every trained parameter inside DeepSpeed's flat tensors, one per group."""
@@ -162,124 +91,6 @@ class Zero3Engine(Fsdp2Engine):
     def _drop_whole(self) -> None:
         """Frees whole parameters that a forward or backward left in place."""
         self._zero.parameter_offload.partition_all_parameters()
-
-    def _gathered(self, name: str, own: Tensor) -> Tensor:
-        """The whole of which `own` is this rank's range, on rank 0's CPU."""
-        held, size = self._held[name], self.world.size
-        padded = own.new_zeros(len(self._padded[name]))
-        padded[: len(held)] = own
-        parts = [torch.empty_like(padded) for _ in range(size)] if self.world.is_main else None
-        dist.gather(padded, parts, dst=0)
-        if parts is None:
-            return torch.empty(0)
-        return torch.cat([part.cpu() for part in parts])[: math.prod(held.shape)].view(held.shape)
-
-    def _whole(self, name: str, shard: Tensor) -> Tensor:
-        return Boxed(shard, self._held[name])
-
-    @cached_property
-    def _base(self) -> dict[str, str]:
-        frozen = [name for name in self._parameters if name not in self._masters]
-        return fingerprints({name: (self._stored[name], self._held[name].start) for name in frozen}, self.world)
-
-    def _contents(self) -> dict[str, Any]:
-        shapes = {name: list(held.shape) for name, held in self._held.items()}
-        shapes |= {name: list(buffer.shape) for name, buffer in self._buffers.items()}
-        return super()._contents() | {"shapes": shapes}
-
-
-class Boxed(Tensor):
-    """A whole tensor of which this rank has a range of elements, as PyTorch's distributed checkpoint wants to see it.
-
-    A checkpoint knows boxes of a tensor: a range is the rest of a row, whole rows and the beginning of a row. Nothing
-    can be computed with it.
-    """
-
-    flat: Tensor
-    held: Held
-
-    @staticmethod
-    def __new__(cls, flat: Tensor, held: Held) -> "Boxed":
-        boxed = Tensor._make_wrapper_subclass(cls, held.shape, dtype=flat.dtype, device=flat.device)
-        boxed.flat, boxed.held = flat, held
-        return boxed
-
-    def __init__(self, flat: Tensor, held: Held) -> None: ...
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise AssertionError(f"{func} on a tensor that is only there to be saved")
-
-    def __create_chunk_list__(self) -> list[Any]:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-
-        held = self.held
-        return [ChunkStorageMetadata(*map(torch.Size, box)) for box in boxes(held.shape, held.start, held.stop)]
-
-    def __create_write_items__(self, fqn: str, tensor: Tensor) -> list[Any]:
-        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __get_tensor_shard__(self, index: Any) -> Tensor:
-        chunks = self.__create_chunk_list__()
-        sizes = [math.prod(chunk.sizes) for chunk in chunks]
-        for chunk, part in zip(chunks, self.flat.split(sizes), strict=True):
-            if chunk.offsets == index.offset:
-                return part.view(chunk.sizes)
-        raise AssertionError(f"{index} is not of this rank")
-
-
-def boxes(shape: torch.Size, start: int, stop: int) -> list[tuple[list[int], list[int]]]:
-    """(offsets, sizes) of the boxes that elements start .. stop - 1 of a tensor fill, in their order."""
-    if start >= stop:
-        return []
-    if len(shape) < 2:
-        return [([start], [stop - start])] if len(shape) else [([], [])]
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
-    if first > last:
-        return _in_row(shape, last, start - last * row, stop - last * row)
-    head = _in_row(shape, first - 1, start - (first - 1) * row, row) if start % row else []
-    middle = [([first, *[0] * (len(shape) - 1)], [last - first, *shape[1:]])] if last > first else []
-    return [*head, *middle, *_in_row(shape, last, 0, stop - last * row)]
-
-
-def _in_row(shape: torch.Size, row: int, start: int, stop: int) -> list[tuple[list[int], list[int]]]:
-    return [([row, *offsets], [1, *sizes]) for offsets, sizes in boxes(shape[1:], start, stop)]
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory."""
-    if isinstance(tensor, Boxed):
-        return Boxed(tensor.flat.to("cpu", copy=True), tensor.held)
-    return tensor.to("cpu", copy=True)
-
-
-def _held(shape: torch.Size, size: int, world: World) -> Held:
-    """What this rank holds where all hold `size` elements, padding included."""
-    whole = math.prod(shape)
-    return Held(shape, min(world.rank * size, whole), min((world.rank + 1) * size, whole))
-
-
-def _check(config: EngineConfig) -> None:
-    """Raises `ConfigError` for what whole blocks must be gathered for: here it is the modules inside, as they run."""
-    inside = "engine.backend=zero3 gathers weights inside a block, where"
-    if config.compile:
-        raise ConfigError(f"engine.compile=true: {inside} a compiled block has none. Leave it at false")
-    if config.recompute is Recompute.selective:
-        raise ConfigError(
-            f"engine.recompute=selective: {inside} single operations cannot be kept. Take full, every_n or budget"
-        )
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -13,7 +13,15 @@ from ltx2_train.diffusion.objective import Losses
 from ltx2_train.distributed.world import World
 
 SIGMA_BINS = 10
-_SUMS = ("samples", "tokens", "flops", "bad_records", "seconds")  # added up over micro-batches and ranks
+_SUMS = (  # added up over micro-batches and ranks
+    "samples",
+    "tokens",
+    "flops",
+    "recomputed_flops",
+    "bad_records",
+    "retried_reads",
+    "seconds",
+)
 _PER_RANK = (
     "step_seconds",
     "data_seconds",
@@ -53,14 +61,19 @@ class Metrics:
         self.bins[0] += _binned(losses.video, losses.has_video, losses.sigma_video)
         self.bins[1] += _binned(losses.audio, losses.has_audio, losses.sigma_audio)
 
-    def record_batch(self, batch: Batch, flops: float = 0.0) -> None:
-        """Counts the samples, tokens and bad records of one micro-batch."""
+    def record_batch(self, batch: Batch, flops: float = 0.0, recomputed_flops: float = 0.0) -> None:
+        """Counts the samples, tokens, bad records and retried reads of one micro-batch.
+
+        `flops` that training needs, `recomputed_flops` that its backward ran again.
+        """
         if not self.world.counts_samples:
             return
         self.sums["samples"] += len(batch)
         self.sums["tokens"] += len(batch) * batch.bucket.tokens
         self.sums["bad_records"] += len(batch.errors)
+        self.sums["retried_reads"] += batch.retried_reads
         self.sums["flops"] += flops
+        self.sums["recomputed_flops"] += recomputed_flops
 
     def record_step(self, *, seconds: float, data_seconds: float, **latest: float) -> None:
         """Closes one step: its times, and values of which the last stands for the window (`grad_norm`, `lr`)."""
@@ -103,6 +116,7 @@ class Metrics:
             "samples": int(sums["samples"]),
             "tokens": int(sums["tokens"]),
             "bad_records": int(sums["bad_records"]),
+            "retried_reads": int(sums["retried_reads"]),
             "tokens_per_second": sums["tokens"] * rate,
             "samples_per_second": sums["samples"] * rate,
             "step_seconds": seconds / max(self.steps, 1),
@@ -111,7 +125,9 @@ class Metrics:
             "tflops_per_second": sums["flops"] * rate / 1e12,
         }
         if self.peak_flops is not None:
-            speed["mfu"] = sums["flops"] * rate / (self.peak_flops * self.world.size)
+            peak = self.peak_flops * self.world.size
+            speed["mfu"] = sums["flops"] * rate / peak
+            speed["hfu"] = (sums["flops"] + sums["recomputed_flops"]) * rate / peak
         return speed
 
 

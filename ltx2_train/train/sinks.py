@@ -1,10 +1,14 @@
-"""Where records go: the console, a file of JSON lines, Weights & Biases. A sink has `log(record)` and `close()`."""
+"""Where records go: the console, a file of JSON lines, Weights & Biases. A sink has `log(record)` and `close()`.
+
+None of them can end a run. JSON lines that cannot be written wait in memory until there is room again, and every record
+says so on the console; any other sink that fails is closed, with one warning.
+"""
 
 import json
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -53,7 +57,8 @@ def open_sinks(
 ) -> list[Sink]:
     """The sinks of this process: all that are asked for on the main rank, none elsewhere.
 
-    `step` is where the run goes on; what an earlier attempt logged after it is cut away.
+    `step` is where the run goes on; what an earlier attempt logged after it is cut away. Raises what opening one raises:
+    from here on they are tolerant.
     """
     if not is_main:
         return []
@@ -62,24 +67,57 @@ def open_sinks(
         sinks.append(WandbSink(config, run_dir, settings))
     if config.console:
         sinks.append(ConsoleSink(step=step, max_steps=max_steps))
-    return sinks
+    return [Tolerant(sink) for sink in sinks]
+
+
+class Tolerant:
+    """A sink whose failure is told once and costs its further records, not the run."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self._works = sink, True
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._try("takes no record", lambda: self.sink.log(record))
+
+    def close(self) -> None:
+        self._try("cannot be closed", self.sink.close)
+
+    def _try(self, what: str, task: Callable[[], None]) -> None:
+        if not self._works:
+            return
+        try:
+            task()
+        except Exception:
+            self._works = False
+            logger.warning("%s %s; the run goes on without it", type(self.sink).__name__, what, exc_info=True)
 
 
 class JsonlSink:
-    """One JSON object per line, flushed at once, so that a killed run leaves all it had said."""
+    """One JSON object per line, written at once, so that a killed run leaves all it had said."""
 
     def __init__(self, path: Path, *, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             keep_until(path, step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("ab", buffering=0)
+        self._waiting = bytearray()
 
     def log(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self.file.flush()
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        self._waiting += line.encode()
+        self._write()
 
     def close(self) -> None:
+        self._write()
         self.file.close()
+
+    def _write(self) -> None:
+        """Writes what waits, in order: a part that a full disk still took is not written twice."""
+        try:
+            while self._waiting:
+                del self._waiting[: self.file.write(self._waiting)]
+        except OSError as error:
+            logger.error("%s CANNOT BE WRITTEN: %s. %d bytes wait for it", self.path, error, len(self._waiting))
 
 
 def keep_until(path: Path, step: int) -> None:

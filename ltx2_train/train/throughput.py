@@ -1,5 +1,6 @@
-"""What a step costs in floating-point operations, and what share of the device's peak that is.
+"""What a step costs in floating-point operations.
 
+MFU is the share of the devices' peak that `training_flops` make, HFU the share with `recomputed_flops` beside them.
 Counted are the matrix products, product by product: forward once, the gradient of its input where something trained lies
 before it, the gradient of its weight where that is trained, and for products of two activations both gradients. Which
 engine runs them, and on how many ranks, makes no difference.
@@ -10,7 +11,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ltx2_train.batch import Batch
-from ltx2_train.distributed.engine import EngineConfig, Recompute
 from ltx2_train.model.config import TransformerConfig
 from ltx2_train.model.lora import LoraConfig
 
@@ -25,6 +25,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bL40S\b", 362e12),
     (r"\bRTX 4090\b(?! D| Laptop)", 165e12),
 )
+BLOCKS = "transformer.transformer_blocks."  # what the names of the blocks begin with
 _SINUSOID = 256  # width of the timestep embedding before its MLP
 
 
@@ -104,16 +105,21 @@ def training_flops(
 
 
 def recomputed_flops(
-    config: TransformerConfig, load: Load, engine: EngineConfig, *, lora: LoraConfig | None = None
-) -> float | None:
-    """FLOPs that backward runs again, which HFU counts beside `training_flops`. None: known only while it runs (budget)."""
-    if engine.recompute is Recompute.budget:
-        return None
-    every = engine.recompute_every if engine.recompute is Recompute.every_n else 1
-    blocks = range(0, config.num_layers, every) if engine.recompute is not Recompute.none else range(0)
-    products = sum(product.forward for i in blocks for product in _block(config, load, i, lora))
-    attention = 0.0 if engine.recompute is Recompute.selective else len(blocks) * _attention(config, load)
-    return 2.0 * load.samples * (products + attention)
+    config: TransformerConfig,
+    load: Load,
+    blocks: Collection[str],
+    *,
+    attentions: bool = True,
+    lora: LoraConfig | None = None,
+) -> float:
+    """FLOPs that backward runs again, which HFU counts beside `training_flops`: a forward of each of these blocks.
+
+    `blocks`: names, as the engine gives them; connectors are not counted, neither here nor there. `attentions`: False
+    where what they gave is kept (recompute=selective).
+    """
+    numbers = [int(name.removeprefix(BLOCKS)) for name in blocks if name.startswith(BLOCKS)]
+    products = sum(product.forward for i in numbers for product in _block(config, load, i, lora))
+    return 2.0 * load.samples * (products + attentions * len(numbers) * _attention(config, load))
 
 
 def _products(
@@ -130,7 +136,7 @@ def _block(config: TransformerConfig, load: Load, index: int, lora: LoraConfig |
 
     Beside a frozen base no gradient goes on to the text, nor to the input of the first block.
     """
-    path = f"transformer.transformer_blocks.{index}."
+    path = f"{BLOCKS}{index}."
     patterns = [] if lora is None else [re.compile(pattern) for pattern in lora.targets]
     for name, rows, inputs, outputs in _layers(config, load):
         text = re.search(r"attn2\.to_[kv]$", name)

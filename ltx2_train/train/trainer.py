@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ltx2_train.batch import Batch
-from ltx2_train.data.loader import BadRecords
+from ltx2_train.data.loader import check_bad_records
 from ltx2_train.diffusion.objective import Objective
 from ltx2_train.distributed.engine import Engine, StepResult
 from ltx2_train.distributed.world import World
@@ -23,10 +23,10 @@ from ltx2_train.errors import ConfigError, Ltx2Error, NonFiniteError
 from ltx2_train.rng import BatchRng
 from ltx2_train.train.checkpoint import Checkpointer, Saved
 from ltx2_train.train.ema import Ema
-from ltx2_train.train.faults import BadUpdate, FaultsConfig, Reason, Rollback, told
+from ltx2_train.train.faults import BadUpdate, FaultsConfig, LeftOut, Reason, Rollback, told
 from ltx2_train.train.metrics import Metrics
 from ltx2_train.train.sinks import Sink
-from ltx2_train.train.state import TrainState
+from ltx2_train.train.state import Changes, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,11 @@ class TrainConfig:
     is so for what all of them can know of: a failure of one in the middle of the model ends the run either way."""
     resume: str = "auto"
     """auto: go on from the newest complete checkpoint in run_dir, if there is one; never: start at step 0 in an empty
-    run_dir; a path: go on from that checkpoint."""
+    run_dir; a path: go on from that checkpoint. Checkpoints note what they began with: never or a path given again goes on
+    from the newest of them."""
+    change: list[str] = field(default_factory=list)
+    """Settings, or patterns of them (optim.*), that may differ from those of the checkpoint: the run goes on under the new
+    ones, and an event says so. Without this the run is refused."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What is done about updates that are not finite, too large or too far off."""
     hang_seconds: float = 1200.0
@@ -115,12 +119,18 @@ class Trainer:
     evaluators: dict[str, Evaluator] = field(default_factory=dict)
     evaluated: set[tuple[int, str]] = field(default_factory=set)
     """(step, name) of the evaluations that are done; what is due at `state.step` and not among them is done first."""
-    records: BadRecords | None = None
-    """The limit on damaged records."""
+    bad_fraction: float = 1.0
+    """Damaged records per record read from which the run ends with an error."""
+    left_out: Callable[[Sequence[str]], list[LeftOut]] = lambda keys: []
+    """How much of each dataset is left out with these samples."""
+    changes: Changes = field(default_factory=dict)
+    """Settings that differ from those of the checkpoint that the run goes on from."""
     job: dict[str, Any] = field(default_factory=dict)
     """The run's configuration as plain values, kept in every checkpoint."""
     flops: Callable[[Batch], float] = lambda batch: 0.0
     """Floating-point operations of training on one micro-batch."""
+    recomputed_flops: Callable[[Batch], float] = lambda batch: 0.0
+    """Those that its backward, which has just run, did again."""
     rolled_back: Rollback | None = None
     """The rollback that this trainer goes on from."""
     position: Callable[[str], None] = lambda where: None
@@ -141,6 +151,9 @@ class Trainer:
         """
         with _Signals() as signals:
             try:
+                if self.changes:
+                    differences = {name: {"from": old, "to": new} for name, (old, new) in self.changes.items()}
+                    self._emit({"event": "settings_changed", "settings": differences})
                 if self.rolled_back is not None:
                     self._record_rollback(self.rolled_back)
                 self._run_steps(signals)
@@ -207,7 +220,7 @@ class Trainer:
         self.position(f"step {step + 1}, update")
         result = self.engine.step(lr=lr)
         self.state = self._judged(result, bound, shares, micro_batches, values)
-        if self.ema is not None:
+        if self.ema is not None and result.applied:
             self.ema.update(self.engine.shards())
         seconds = time.perf_counter() - begin
         self.metrics.record_step(seconds=seconds, data_seconds=data_seconds, grad_norm=result.norm, lr=lr)
@@ -216,7 +229,8 @@ class Trainer:
         """One record of the steps since the last one."""
         self.position(f"after step {self.state.step}, log")
         record = self.metrics.flush()
-        self.state = self.state.after(samples=record["samples"], tokens=record["tokens"])
+        counted = {name: record[name] for name in ("samples", "tokens", "bad_records")}
+        self.state = self.state.after(**counted)
         self._emit(record)
         for event in self.metrics.lag if self._warm else []:
             self._emit(event)
@@ -231,7 +245,9 @@ class Trainer:
         self.state = self.state.after(seconds=self._elapsed() - self.state.seconds)
         self._report_saved(self.checkpoints.wait())
         average = self.ema.state() if self.ema is not None else {}
-        self.checkpoints.save(self.state.step, self.engine, {"train": self.state.to_dict(), **average}, self.job)
+        extra = {"train": self.state.to_dict(), **average}
+        good = self.state.bad[0].step - 1 if self.state.bad else self.state.step
+        self.checkpoints.save(self.state.step, self.engine, extra, self.job, back_to=good)
 
     def _report_saved(self, saved: Saved | None) -> None:
         if saved is not None:
@@ -274,18 +290,15 @@ class Trainer:
         return self.world.data_sum(torch.stack(counts).sum(dim=0).to(self.world.device))
 
     def _record_batch(self, batch: Batch) -> None:
-        self.metrics.record_batch(batch, self.flops(batch))
+        self.metrics.record_batch(batch, self.flops(batch), self.recomputed_flops(batch))
         self._bad_records += [f"step {self.state.step + 1}: {message}" for message in batch.errors]
-        if self.records is not None:
-            self.records.add(batch)
 
     def _report_bad_records(self) -> None:
         """Every rank's bad records of the window, as events. Called on all ranks together."""
-        for message in self._gathered(self._bad_records):
+        messages, self._bad_records = self._gathered(self._bad_records), []
+        for message in messages:
             self._emit({"event": "bad_record", "message": message})
-        self._bad_records = []
-        if self.records is not None:
-            self.records.check(self.world.data_sum(self.records.counts().to(self.world.device)))
+        check_bad_records(self.state.bad_records, self.state.samples, self.bad_fraction, messages[0])
 
     def _factor_below(self, bound: float, shares: Sequence[Tensor]) -> Tensor | float:
         """1, or NaN where the step's loss is above the bound: a gradient that is not finite is not applied.
@@ -335,17 +348,22 @@ class Trainer:
         self.position("")
         self._report_saved(self.checkpoints.wait())
         bad, faults = self.state.bad, self.config.faults
-        directory = None
-        if self.state.rollbacks < faults.rollbacks:
+        keys = {key for update in bad for key in update.keys}
+        left_out = self.left_out(sorted(keys.union(self.state.skipped)))
+        objection, directory = faults.objection(left_out), None
+        if self.state.rollbacks < faults.rollbacks and not objection:
             directory = self.checkpoints.last_before(bad[0].step - 1)
         if directory is not None:
-            logger.warning("%s. Rolling back to %s", told(bad), directory)
-            return Rollback(directory, bad)
+            share = sum(n for n, _ in left_out) / max(1, sum(total for _, total in left_out))
+            logger.warning("%s. Rolling back to %s without these %d samples", told(bad), directory, len(keys))
+            logger.warning("rollbacks have left out %.3g %% of all samples", 100 * share)
+            return Rollback(directory, bad, share)
         why = f"after {self.state.rollbacks} rollbacks" if self.state.rollbacks else "without a rollback"
         raise NonFiniteError(
             f"{told(bad)}. {len(bad)} in a row {why} (train.faults.skips={faults.skips}, rollbacks={faults.rollbacks}, each "
-            "to a checkpoint); the last checkpoint stays. Look at the samples with data_prep.show; leave them out with "
-            "data.skip, or lower optim.lr, and start the same command again"
+            f"to a checkpoint); the last checkpoint stays. {objection}{'. ' if objection else ''}Look at the samples with "
+            "data_prep.show; then start the same command again with them in data.skip, or with a lower optim.lr and "
+            "train.change=[optim.lr]"
         )
 
     def _record_rollback(self, rollback: Rollback) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltx2_train.distributed.base import fingerprints
 from ltx2_train.distributed.build import build_engine
 from ltx2_train.distributed.engine import Engine, EngineConfig, Precision
-from ltx2_train.distributed.fsdp2 import INDEX_FILE, saved_weights
+from ltx2_train.distributed.saved import INDEX_FILE, saved_weights
 from ltx2_train.distributed.world import World, close_world, init_world
 from ltx2_train.errors import CheckpointError
 from ltx2_train.model import ModelConfig, build_model, initial_weights
@@ -88,8 +88,8 @@ def test_a_checkpoint_of_an_older_format_is_refused(world, tmp_path):
     engine = toy_engine(world)
     engine.save(tmp_path, {}).wait()
     index = tmp_path / INDEX_FILE
-    index.write_text(index.read_text().replace("fsdp2-dcp-2", "fsdp2-dcp-1"))
-    with pytest.raises(CheckpointError, match="written as 'fsdp2-dcp-1', this version reads 'fsdp2-dcp-2'"):
+    index.write_text(index.read_text().replace("dcp-3", "dcp-2"))
+    with pytest.raises(CheckpointError, match="written as 'dcp-2', this version reads 'dcp-3'"):
         engine.load(tmp_path, {})
 
 

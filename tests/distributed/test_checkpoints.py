@@ -160,6 +160,41 @@ def test_two_ranks_agree_about_damage_that_one_of_them_reads(tmp_path):
     assert len(resumed[0]) == 5, "both went on from step 2"
 
 
+def hindered(world: World, run_dir: str) -> tuple[str, int]:
+    """On rank 1 alone a file cannot be read, and later not even the note of a finished part be written."""
+    from ltx2_train.train import checkpoint
+
+    read, write = checkpoint._hash, checkpoint._write_whole
+
+    def unreadable(path: Path) -> str:
+        if path.name == "__1_0.distcp" and path.parent.name == "step-00000004":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    def unwritable(path: Path, value: Any) -> None:
+        if path.name == checkpoint._marker(1):
+            raise OSError(errno.EROFS, "Read-only file system")
+        write(path, value)
+
+    checkpoint._hash, checkpoint._write_whole = unreadable, unwritable
+    engine, checkpoints = toy_engine(world), Checkpointer(Path(run_dir), world, identity=IDENTITY)
+    restored = checkpoints.load(engine, {})
+    checkpoints.save(3, engine, {}, {})
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.wait()
+    return str(caught.value), restored.step
+
+
+def test_what_one_rank_cannot_read_or_write_all_of_them_know(tmp_path):
+    run_on_ranks(run, 2, str(tmp_path), 4, (2, 4))
+    first, second = run_on_ranks(hindered, 2, str(tmp_path))
+    assert first == second
+    message, step = first
+    assert step == 2
+    assert "saving step 3" in message
+    assert "rank 1: [Errno 30] Read-only file system" in message, "and not that rank 0 has waited in vain"
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(world, tmp_path):
     run(world, str(tmp_path), 2, save_at=(2,))
     flip_a_bit(tmp_path / "checkpoints" / "step-00000002" / "__0_0.distcp")

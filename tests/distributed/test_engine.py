@@ -382,7 +382,7 @@ class WiderToy(Toy):
 
 
 def test_weights_are_read_back_without_an_engine(world, tmp_path):
-    from ltx2_train.distributed.fsdp2 import saved_weights
+    from ltx2_train.distributed.saved import saved_weights
 
     engine = toy_engine(world, freeze=["out.bias"])
     ema = Ema(engine.shards(), EmaConfig())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ltx2_train.distributed.build import build_engine
-from ltx2_train.distributed.engine import EngineConfig, Recompute
+from ltx2_train.distributed.engine import Engine, EngineConfig, Recompute
 from ltx2_train.distributed.sequence import GroupBatches, apply_sequence_parallel
 from ltx2_train.distributed.units import prepare_units, shard_units
 from ltx2_train.distributed.world import World, close_world, init_world
@@ -259,13 +260,19 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor + 0.05 * torch.randn(tensor.shape, generator=generator("perturbed", name))
 
 
+def opened(world: World, **settings: Any) -> Engine:
+    return build_engine(lambda: build_model(MODEL), weights, EngineConfig(grad_clip=0.5, **settings), world)
+
+
 def curve(world: World, sequence: int, settings: dict[str, Any]) -> list[tuple[float, float]]:
     """Loss and gradient norm of eight steps over four samples."""
     world = world.sharing_samples(sequence)
-    config = EngineConfig(grad_clip=0.5, sequence=sequence, **settings)
-    engine = build_engine(lambda: apply_sequence_parallel(build_model(MODEL), world), weights, config, world)
+    return trained(opened(world, sequence=sequence, **settings), world, range(8))
+
+
+def trained(engine: Engine, world: World, steps: range) -> list[tuple[float, float]]:
     results = []
-    for step in range(8):
+    for step in steps:
         torch.manual_seed(step)
         streams = random_inputs(transformer_config(MODEL), 4, GRID, STEPS, TEXT)
         targets = [torch.randn_like(stream.latent) for stream in streams]
@@ -301,6 +308,29 @@ def test_the_loss_curve_is_that_of_one_process(world, size, sequence, settings):
         torch.testing.assert_close(found_norms, norms, rtol=5e-5, atol=0)
 
 
+def goes_on(world: World, directory: str) -> list[tuple[list[float], list[float]]]:
+    """Losses of a run and of one that goes on from its checkpoint at another degree: from 1 to 2, and from 2 to 1."""
+    worlds = {1: world, 2: world.sharing_samples(2)}
+    found = []
+    for before, after in ((1, 2), (2, 1)):
+        first, second = (opened(worlds[n], sequence=n) for n in (before, after))
+        trained(first, worlds[before], range(3))
+        place = Path(directory) / f"from-{before}"
+        first.save(place, {}).wait()
+        world.barrier()
+        second.load(place, {})
+        curves = (trained(e, worlds[n], range(3, 6)) for e, n in ((first, before), (second, after)))
+        found.append(tuple([loss for loss, _ in curve] for curve in curves))
+    return found
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_a_sample(tmp_path):
+    for curves in run_on_ranks(goes_on, 2, str(tmp_path)):
+        for straight, resumed in curves:
+            assert straight[-1] != straight[0]
+            torch.testing.assert_close(resumed, straight, rtol=2e-6, atol=0)
+
+
 def who_counts(world: World) -> tuple[int, int, bool, list[int], list[str]]:
     """Places, a sum over samples, and what each rank of the groups is given of batches that carry their reader's name."""
     shared = world.sharing_samples(2)
@@ -330,3 +360,7 @@ def test_what_cannot_be_shared_out_is_named(world):
     with pytest.raises(ConfigError, match="Toy has no transformer to split"):
         apply_sequence_parallel(Toy(), three)
     assert apply_sequence_parallel(toy := Toy(), world) is toy
+    with pytest.raises(
+        ConfigError, match=r"engine.sequence=2, but the ranks are in groups of 1: .*sharing_samples\(2\)"
+    ):
+        build_engine(Toy, None, EngineConfig(sequence=2), world)

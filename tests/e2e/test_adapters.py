@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltx2_train.cli.runs import load_trained
-from ltx2_train.distributed.fsdp2 import INDEX_FILE, saved_weights
+from ltx2_train.distributed.saved import INDEX_FILE, saved_weights
 from ltx2_train.model import initial_weights
 from ltx2_train.train.checkpoint import checkpoint_directory
 from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset

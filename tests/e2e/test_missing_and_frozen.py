@@ -5,8 +5,9 @@ import torch
 
 from ltx2_train.batch import collate
 from ltx2_train.cli.train import train
+from ltx2_train.diffusion.conditioning import ConditioningConfig, ConditioningKind
 from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
-from ltx2_train.distributed.fsdp2 import saved_weights
+from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.distributed.world import close_world, init_world
 from ltx2_train.model import ModelConfig, build_model, initial_weights
 from ltx2_train.record import Bucket
@@ -48,6 +49,19 @@ def test_a_batch_without_a_stream_leaves_that_stream_s_gradients_exactly_zero(bu
     assert moved & lacking == set()
     assert all(named[n].grad is not None for n in lacking), "every module ran, so that ranks agree on what is reduced"
     assert moved == named.keys() - lacking - exchange
+
+
+@pytest.mark.parametrize("bucket", [Bucket(3, 2, 2, 9), Bucket(3, 2, 2, 0), Bucket(1, 2, 2, 0), Bucket(0, 0, 0, 13)])
+@pytest.mark.parametrize("given", [None, *ConditioningKind])
+def test_every_parameter_is_reached_whatever_a_batch_has_and_is_given(bucket: Bucket, given: ConditioningKind | None):
+    """What an engine asks of a model: which gradients are reduced must not depend on a rank's samples."""
+    conditioning = [] if given is None else [ConditioningConfig(kind=given)]
+    samples = [random_sample(f"s{i}", bucket, text_length=3, text_widths=(40, 20)) for i in range(2)]
+    batch, rng = collate(samples, range(2), bucket), BatchRng(0, 0, range(2))
+    model = trained_looking_model()
+    losses = Objective(ObjectiveConfig(conditioning=conditioning), None, keyframe_marker=True)(model, batch, rng)
+    losses.total(torch.ones(2)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_a_frozen_stream_is_bit_equal_after_five_steps_under_weight_decay(tmp_path):

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from ltx2_train.cli.train import check_sequence
-from ltx2_train.errors import ConfigError
-from tests.unit.cli.commands import SMALL, composed, ltx2_train, small_dataset
+from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATED = (
@@ -38,18 +36,17 @@ def lines(run: Path, event: str | None = None) -> list[dict[str, Any]]:
     return [line for line in found if line.get("event") == event]
 
 
+def share_every_sample(*settings: str) -> None:
+    """A run of two processes that share the tokens of every sample."""
+    command = [str(ROOT / "launch" / "torchrun.sh"), "-m", "ltx2_train.cli.train", *settings, "engine.sequence=2"]
+    environment = os.environ | {"NPROC": "2", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
 def test_two_processes_that_share_every_sample_make_the_run_of_one(data, tmp_path):
     assert ltx2_train(*arguments(data, tmp_path / "one")) == 0
-    command = [str(ROOT / "launch" / "torchrun.sh"), "-m", "ltx2_train.cli.train"]
-    environment = os.environ | {"NPROC": "2", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    told = subprocess.run(
-        [*command, *arguments(data, tmp_path / "two", "engine.sequence=2")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert told.returncode == 0, told.stderr
+    share_every_sample(*arguments(data, tmp_path / "two"))
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for name in ("step", "samples", "tokens", "bad_records", "lr"):
             assert two[name] == one[name], name
@@ -67,8 +64,16 @@ def test_more_ranks_a_sample_than_there_are_is_refused(data, tmp_path, capsys):
     assert "engine.sequence=2: 1 processes do not fall into groups of 2" in capsys.readouterr().err
 
 
-def test_ranks_of_a_group_may_not_choose_each_for_itself_what_to_recompute(data, tmp_path):
-    budget = ("engine.recompute=budget", "engine.recompute_budget_gb=1")
-    with pytest.raises(ConfigError, match="engine.recompute=budget with engine.sequence=2"):
-        check_sequence(composed(*arguments(data, tmp_path / "run", "engine.sequence=2", *budget)))
-    check_sequence(composed(*arguments(data, tmp_path / "run", *budget)))
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_a_sample(data, tmp_path):
+    """From one process to two that share every sample, and back."""
+    straight, there, back = (tmp_path / name for name in ("straight", "there", "back"))
+    assert ltx2_train(*arguments(data, straight)) == 0
+    assert ltx2_train(*arguments(data, there, "train.max_steps=2")) == 0
+    share_every_sample(*arguments(data, there))
+    share_every_sample(*arguments(data, back, "train.max_steps=2"))
+    assert ltx2_train(*arguments(data, back)) == 0
+    for run in (there, back):
+        for one, other in zip(lines(straight), lines(run), strict=True):
+            assert (other["step"], other["samples"]) == (one["step"], one["samples"])
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)

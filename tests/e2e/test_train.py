@@ -17,8 +17,9 @@ import torch
 
 from ltx2_train.cli.train import open_datasets, train
 from ltx2_train.data.plan import Plan
-from ltx2_train.distributed.fsdp2 import saved_weights
+from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.distributed.world import World
+from ltx2_train.errors import Ltx2Error
 from ltx2_train.model.build import transformer_config
 from ltx2_train.testing import run_on_ranks
 from ltx2_train.testing.shards import write_latent_dataset
@@ -209,6 +210,89 @@ def test_two_processes_roll_back_as_one_does(tmp_path):
     events = [records(tmp_path / f"on{size}", "rolled_back") for size in (1, 2)]
     assert events[0] == events[1]
     assert key in events[0][0]["keys"]
+
+
+def test_a_run_in_which_every_sample_fails_says_so_instead_of_leaving_them_all_out(tmp_path, capsys):
+    data, run = small_dataset(tmp_path / "latents", count=12), tmp_path / "run"
+    wild = ("train.save_every=1", "train.max_steps=30", "optim.lr=1e30", "optim.warmup_steps=0")
+    for _ in range(2):
+        assert ltx2_train(*arguments(data, run, *wild)) == 2
+        error = capsys.readouterr().err
+        assert "of the 12 samples of dataset 0; train.faults.skip_fraction=0.01 allows 6" in error
+        assert "no samples to plan" not in error
+    assert records(run, "rolled_back") == []
+
+
+def test_a_run_goes_on_with_a_lower_learning_rate_where_that_is_asked_for(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert ltx2_train(*arguments(data, run, "train.max_steps=3")) == 0
+    lower = ("optim.lr=1e-5", "train.save_every=1")
+    assert ltx2_train(*arguments(data, run, *lower)) == 2
+    assert "train.change=[optim.lr]" in capsys.readouterr().err
+    assert ltx2_train(*arguments(data, run, *lower, "train.change=[optim.lr]", "train.max_steps=5")) == 0
+    assert ltx2_train(*arguments(data, run, *lower)) == 0, "from then on it is the run's own"
+    (event,) = records(run, "settings_changed")
+    assert (event["step"], event["settings"]) == (3, {"optim.lr": {"from": 1e-3, "to": 1e-5}})
+    assert [r["lr"] for r in records(run)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-5, 1e-5, 1e-5])
+
+
+def test_where_a_run_began_is_obeyed_once(data, straight, tmp_path):
+    """The same command given again, by a launcher or a scheduler, goes on; another path goes back."""
+    run, other = tmp_path / "run", f"train.resume={checkpoint(straight, 3)}"
+    for stop in (4, 5):
+        assert ltx2_train(*arguments(data, run, other, f"train.max_steps={stop}")) == 0
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith("set-aside")] == []
+    assert ltx2_train(*arguments(data, run)) == 0, "auto goes on too"
+    assert [r["loss"] for r in records(run)] == [r["loss"] for r in records(straight)][3:]
+    assert ltx2_train(*arguments(data, run, f"train.resume={checkpoint(run, 4)}", "train.max_steps=5")) == 0
+    assert [d.name for d in complete_checkpoints(run)] == ["step-00000005", "step-00000004"]
+
+
+def test_a_fresh_start_that_is_insisted_on_goes_on_when_it_is_given_again(data, tmp_path):
+    run, never = tmp_path / "run", "train.resume=never"
+    for stop in (1, 2):
+        assert ltx2_train(*arguments(data, run, never, f"train.max_steps={stop}")) == 0
+    assert [r["step"] for r in records(run)] == [1, 2]
+
+
+def trouble_on_the_main_rank(world: World, *arguments: str) -> list[str]:
+    """What all ranks hear while rank 0 alone cannot put its part of a run together; then a whole run without metrics."""
+    from ltx2_train.cli import schema
+    from ltx2_train.train import checkpoint as checkpoints
+    from ltx2_train.train import sinks
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    heard = []
+    for place, name in (
+        (schema, "save_job"),
+        (sinks, "keep_until"),
+        (checkpoints, "_tidy"),
+        (sinks, "recorded_events"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if world.is_main:
+                patch.setattr(place, name, full)
+            with pytest.raises(Ltx2Error, match="No space left") as caught:
+                run_job(world, *arguments)
+            heard.append(f"{name} {caught.value.agreed}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sinks.JsonlSink, "log", full)
+        run_job(world, *arguments)
+    return heard
+
+
+@pytest.mark.slow
+def test_what_rank_0_alone_fails_at_ends_the_run_on_all_ranks_or_costs_its_records(tmp_path):
+    latents, run = small_dataset(tmp_path / "latents"), tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    more = ("data.plan.micro_batches_per_step=2", "data.plan.max_samples=2", "train.max_steps=2")
+    for heard in run_on_ranks(trouble_on_the_main_rank, 2, *arguments(latents, run, *more)):
+        assert heard == ["save_job True", "keep_until True", "_tidy True", "recorded_events True"]
+    assert records(run) == []
+    assert [d.name for d in complete_checkpoints(run)] == ["step-00000002"]
 
 
 def damaged(directory: Path, count: int = 1) -> Path:

@@ -1,5 +1,6 @@
 """What composes, what is refused, and in which words."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from ltx2_train.cli.describe import describe, markdown, setting_names, settings
 from ltx2_train.cli.schema import TrainJob, job_from_text, load_job, plain, save_job, to_yaml
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.train.optim import Schedule
+from ltx2_train.train.state import COURSE_SETTINGS, FREE_SETTINGS
 from tests.unit.cli.commands import call, composed, message
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -214,6 +216,12 @@ def test_the_table_of_settings_in_the_documentation_is_up_to_date():
     """To renew it: python -m ltx2_train.cli.describe docs/configuration.md"""
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert markdown(TrainJob) in text
+
+
+def test_the_documentation_lists_the_settings_that_do_not_define_a_run():
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    (listed,) = re.findall(r"<!-- free settings -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert set(re.findall(r"`(.+?)`", listed)) == {*FREE_SETTINGS, *COURSE_SETTINGS}
 
 
 def test_configuration_files_name_only_settings_that_exist():

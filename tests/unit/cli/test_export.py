@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ltx2_train.cli.export import FORMS, main
-from ltx2_train.distributed.fsdp2 import saved_weights
+from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.model import load_transformer
 from ltx2_train.model.export import Base
 from ltx2_train.model.lora import fuse_lora, official_name, trained_adapters
@@ -375,7 +375,7 @@ def test_weights_that_are_not_finite_are_refused(full, tmp_path, capsys, monkeyp
         for name, tensor in saved_weights(*arguments, **settings):
             yield name, tensor * float("nan") if name.endswith("proj_out.bias") else tensor
 
-    monkeypatch.setattr("ltx2_train.distributed.fsdp2.saved_weights", poisoned)
+    monkeypatch.setattr("ltx2_train.distributed.saved.saved_weights", poisoned)
     message = refused(capsys, full, "--to", "full", "--out", tmp_path / "f.safetensors")
     assert "proj_out.bias is not finite" in message
     assert not (tmp_path / "f.safetensors").exists()

@@ -27,7 +27,7 @@ def test_it_shows_buckets_steps_occupancy_spread_and_world_sizes(directory, caps
         "605 tokens",
         "of the token budget",
         "worst 1.00",
-        "valid world",
+        "valid numbers of data ranks",
     ):
         assert fact in out
     assert "on 4 processes: 1 micro-batches per process and step, each planned one cut into 2 parts" in out
@@ -42,7 +42,7 @@ def test_a_mixture_shows_its_shares(directory, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--world", "5", "--split", "1"], "valid sizes are 1"),
+        (["--world", "5", "--split", "1"], "valid numbers are 1"),
         (["--weights", "1", "2"], "one number > 0 for each of the 1 datasets"),
         (["--max-tokens", "10"], "set max_tokens >= 13"),
         (["--steps", "0"], "--steps 0"),

@@ -1,12 +1,14 @@
 import logging
 import multiprocessing
+import os
+from contextlib import nullcontext
 from itertools import islice
 
 import pytest
 import torch
 
 from ltx2_train.data.datasets import open_dataset
-from ltx2_train.data.loader import BadRecords, Loader, LoaderConfig
+from ltx2_train.data.loader import Loader, LoaderConfig, check_bad_records
 from ltx2_train.data.plan import Plan, PlanConfig
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.record import Bucket, decode_record
@@ -85,7 +87,7 @@ def test_the_ranks_together_load_the_global_batch(directory, world_size):
 
 
 def test_a_world_that_does_not_fit_is_refused_before_anything_is_read(directory):
-    with pytest.raises(ConfigError, match="valid sizes are"):
+    with pytest.raises(ConfigError, match="3 data ranks .*valid numbers are"):
         make_loader(directory, world_size=3, split=1)
 
 
@@ -107,6 +109,26 @@ def test_a_bad_record_keeps_its_place_and_all_others_are_untouched(directory, nu
         assert all(key in message and ".tar" in message for message in new.errors)
     assert found == sum(batch.keys.count(key) for batches in after for batch in batches) > 0
     assert sum(key in record.message for record in caplog.records) == found
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_tells_of_the_reads_that_were_tried_again(directory, num_workers, monkeypatch):
+    loader = make_loader(directory, num_workers=num_workers)
+    loader.reader.datasets[0].store.config.retry_seconds = 0.0
+    key = loader.work.plan.step(1).micro_batches[1].samples[0]
+    at = loader.reader.datasets[0].index.location(key.number)
+    real, failed = os.pread, set()
+
+    def pread(descriptor, size, offset):
+        place = os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"shard-{at.shard:06d}.tar"), offset
+        if place == (True, min(at.tensors_offset, at.meta_offset) - 512) and place not in failed:
+            failed.add(place)
+            raise OSError("stale handle")
+        return real(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    told = [(batch.retried_reads, batch.errors) for batches in take(loader, 3) for batch in batches]
+    assert told == [(0, ()), (0, ()), (0, ()), (1, ()), (0, ()), (0, ())]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -138,28 +160,20 @@ def test_a_dataset_of_one_sample_fills_every_place(tmp_path):
         assert [p for batch in batches for p in batch.positions] == list(range(sum(map(len, batches))))
 
 
-def test_too_many_bad_records_over_all_ranks_are_an_error(directory):
-    damage(directory, "clip00")
-    records = BadRecords(0.01)
-    for batches in take(make_loader(directory), 40):
-        for batch in batches:
-            records.add(batch)
-    assert 0 < records.bad < 10
-    records.check()
-    with pytest.raises(DataError, match=r"30 of 1200 records are damaged, more than bad_fraction = 0.01 .*clip00"):
-        records.check(torch.tensor([30, 1200]))
-    records.check(torch.tensor([30, 4000]))
-
-
-def test_with_a_limit_of_zero_the_first_bad_record_is_an_error(directory):
-    damage(directory, "clip01")
-    records = BadRecords(0.0)
-    records.check()
-    for batches in take(make_loader(directory), 20):
-        for batch in batches:
-            records.add(batch)
-    with pytest.raises(DataError, match="clip01"):
-        records.check()
+@pytest.mark.parametrize(
+    ("bad", "seen", "limit", "fits"),
+    [
+        (10, 1000, 0.01, True),
+        (11, 1000, 0.01, False),
+        (10, 20, 0.01, True),
+        (30, 4000, 0.01, True),
+        (1, 4000, 0.0, False),
+    ],
+)
+def test_more_damaged_records_than_the_limit_are_an_error(bad, seen, limit, fits):
+    message = rf"{bad} of {seen} records are damaged.* bad_fraction = {limit} .*clip00"
+    with nullcontext() if fits else pytest.raises(DataError, match=message):
+        check_bad_records(bad, seen, limit, "clip00: damaged")
 
 
 @pytest.mark.parametrize(

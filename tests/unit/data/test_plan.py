@@ -102,9 +102,9 @@ def test_a_micro_batch_is_cut_into_contiguous_parts_of_nearly_equal_length():
 @pytest.mark.parametrize(("split", "valid"), [(1, "1, 2, 4"), (2, "1, 2, 4, 8"), (None, "1, 2, 3, 4, 6, 8, 12")])
 def test_a_world_that_does_not_fit_names_those_that_do(split, valid):
     plan = make_plan(split=split)  # the smallest micro-batch has 3 samples
-    with pytest.raises(ConfigError, match=f"world size 5 .*valid sizes are {valid} "):
+    with pytest.raises(ConfigError, match=f"^5 data ranks .*engine.sequence.*valid numbers are {valid} "):
         plan.rank_step(0, 0, 5)
-    assert plan.valid_world_sizes() == [int(n) for n in valid.split(", ")]
+    assert plan.valid_data_sizes() == [int(n) for n in valid.split(", ")]
 
 
 def test_positions_run_through_the_global_batch():

@@ -134,7 +134,8 @@ def test_a_read_that_fails_once_is_tried_again(directory, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(os, "pread", pread)
-    assert dataset.read(4).key == dataset.index.key(4)
+    assert [dataset.read(4).key, dataset.read(4).key] == [dataset.index.key(4)] * 2
+    assert dataset.store.retried_reads == 1
 
 
 def test_a_read_that_keeps_failing_is_an_error_that_names_the_attempts(directory, monkeypatch):

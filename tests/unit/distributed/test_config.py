@@ -27,10 +27,26 @@ def test_names_become_enums():
         ),
         (lambda: EngineConfig(recompute="budget"), r"engine\.recompute=budget: say how many GB"),
         (
+            lambda: EngineConfig(recompute="budget", recompute_budget_gb=1.0, sequence=2),
+            r"engine\.recompute=budget with engine\.sequence=2: .* would choose each for itself",
+        ),
+        (
             lambda: EngineConfig(backend="zero3", replicate=2),
             r"engine\.replicate=2: engine\.backend=zero3 shards over all",
         ),
         (lambda: EngineConfig(backend="zero3", reshard=False), r"engine\.reshard=False: engine\.backend=zero3"),
+        (
+            lambda: EngineConfig(backend="zero3", compile=True),
+            r"engine\.compile=True: engine\.backend=zero3 gathers weights inside a block",
+        ),
+        (
+            lambda: EngineConfig(backend="zero3", recompute="selective"),
+            r"engine\.recompute=selective: engine\.backend=zero3 gathers .* Take engine\.recompute=full",
+        ),
+        (
+            lambda: EngineConfig(backend="zero3", recompute="budget", recompute_budget_gb=1.0),
+            r"engine\.recompute=budget: engine\.backend=zero3 gathers .* Take engine\.recompute=full or every_n, or",
+        ),
         (lambda: EngineConfig(backend="zero3", prefetch=1), r"engine\.prefetch=1: .* Leave it at 0"),
         (lambda: EngineConfig(freeze=["a("]), r"engine\.freeze: 'a\(' is not a regular expression"),
         (lambda: AdamWConfig(betas=[0.9]), r"engine\.optimizer\.betas=\[0\.9\]: two numbers"),

@@ -1,6 +1,8 @@
 """Recomputation policies on the transformer's own blocks: the same gradients, bit for bit, and less memory in between."""
 
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -145,6 +147,39 @@ def test_without_gradients_nothing_is_measured_or_recomputed(inputs, recompute):
     with torch.no_grad(), Live() as live:
         outputs = model(*inputs)
     assert live.num_bytes() == sum(velocity.untyped_storage().nbytes() for velocity in outputs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recompute": "full"},
+        {"recompute": "every_n", "recompute_every": 2},
+        {"recompute": "selective"},
+        {"recompute": "budget", "recompute_budget_gb": 2e-3},
+    ],
+    ids=lambda settings: settings.get("recompute", "none"),
+)
+def test_the_blocks_that_are_told_are_those_that_backward_runs_again(inputs, settings):
+    model, runs = build_model(CONFIG), Counter()
+    units = shard_units(model)
+    for i, unit in enumerate(units):
+        unit.forward = counting(runs, i, unit.forward)
+    again = prepare_units(units, EngineConfig(**settings))
+    for _ in range(2):
+        runs.clear()
+        sum(velocity.sum() for velocity in model(*inputs)).backward()
+        trained = range(len(units) - 4, len(units))  # before them lie frozen connectors, which have no backward
+        assert [i for i in trained if runs[i] == 2] == [i for i in again() if i in trained]
+    assert bool(list(again())) == bool(settings)
+
+
+def counting(runs: Counter[int], number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        runs[number] += 1
+        return forward(*args)
+
+    return run
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Directories of checkpoints without a model: what is complete, what is kept, what each error says."""
 
+import errno
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.train import checkpoint
 from ltx2_train.train.checkpoint import (
     Checkpointer,
     checkpoint_directory,
     complete_checkpoints,
     newest_complete,
+    noted_origin,
     read_manifest,
     verify,
 )
@@ -195,6 +199,49 @@ def test_going_back_sets_newer_ones_aside_however_the_paths_are_written(tmp_path
     assert [d.name for d in complete_checkpoints(Path("run"))] == ["step-00000003"]
 
 
+def test_going_on_from_elsewhere_sets_all_own_ones_aside_and_says_what_they_take(tmp_path, caplog):
+    """Else the newest of the course that was given up would be gone on from at the next start."""
+    saved(tmp_path / "other", 5)
+    checkpoints = saved(tmp_path / "run", 3, 6)
+    restored = checkpoints.load(FileEngine(), directory=checkpoint_directory(tmp_path / "other", 5))
+    assert (restored.step, restored.state) == (5, {"step": 5})
+    assert complete_checkpoints(tmp_path / "run") == []
+    assert [d.name for d in complete_checkpoints(tmp_path / "other")] == ["step-00000005"]
+    assert f"checkpoints set aside: 2, {2 * (11 + 11) / 1e9:.3g} GB" in caplog.text
+    assert f"rm -r {tmp_path / 'run' / 'checkpoints' / 'set-aside-'}*" in caplog.text
+
+
+def test_a_rollback_always_has_a_checkpoint_to_go_to(tmp_path):
+    """A signal in a row of bad updates saves; what a rollback needs is older than that."""
+    checkpoints = saved(tmp_path, 3, 4, keep_last=1)
+    for step in (6, 7):
+        checkpoints.save(step, FileEngine(), {"step": step}, {}, back_to=4)
+        checkpoints.wait()
+    assert [read_manifest(d)["step"] for d in complete_checkpoints(tmp_path)] == [7, 4]
+    assert checkpoints.last_before(4) == checkpoint_directory(tmp_path, 4)
+    checkpoints.save(8, FileEngine(), {"step": 8}, {})
+    checkpoints.wait()
+    assert [read_manifest(d)["step"] for d in complete_checkpoints(tmp_path)] == [8]
+
+
+def test_a_checkpoint_notes_where_its_course_began(tmp_path):
+    saved(tmp_path, 1)
+    saved(tmp_path, 2, origin="/runs/first/step-00000009")
+    newest, first = complete_checkpoints(tmp_path)
+    assert (noted_origin(newest), noted_origin(first)) == ("/runs/first/step-00000009", "")
+
+
+def test_a_run_whose_own_part_failed_does_not_wait_for_the_others(tmp_path, caplog):
+    gate = threading.Event()
+    checkpoints = Checkpointer(tmp_path, WORLD)
+    checkpoints.save(1, FileEngine(gate, OSError("the peer is gone")), {}, {})
+    checkpoints.world = replace(WORLD, size=2)  # of which the other will never write its part
+    gate.set()
+    assert checkpoints.settle(10) is None
+    assert "the peer is gone" in caplog.text
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_nothing_to_go_on_from_is_none(tmp_path):
     assert Checkpointer(tmp_path, WORLD).load(FileEngine()) is None
 
@@ -206,6 +253,60 @@ def test_other_settings_are_listed_and_refused(tmp_path):
         CheckpointError, match=r"plan\.budget: 10 in the checkpoint, 20 now\n  seed: 1 in the checkpoint, 2"
     ):
         other.load(FileEngine())
+
+
+def test_settings_that_are_changed_on_purpose_are_told_and_all_others_refused(tmp_path):
+    saved(tmp_path, 4, identity={"optim.lr": 1e-3, "optim.schedule": "constant", "seed": 1})
+    now = {"optim.lr": 1e-4, "optim.schedule": "constant", "seed": 1}
+    restored = Checkpointer(tmp_path, WORLD, identity=now, change=["optim.*"]).load(FileEngine())
+    assert restored.changes == {"optim.lr": (1e-3, 1e-4)}
+    with pytest.raises(CheckpointError, match=r"seed: 1 in .*\n.*train\.change=\[seed\]") as error:
+        Checkpointer(tmp_path, WORLD, identity=now | {"seed": 2}, change=["optim.lr"]).load(FileEngine())
+    assert "optim.lr:" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"train\.change=\['optim\.rate'\]: optim\.rate is no setting"):
+        Checkpointer(tmp_path, WORLD, identity=now, change=["optim.rate"]).load(FileEngine())
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOENT])
+@pytest.mark.parametrize("name", ["data.json", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_as_good_as_damaged(tmp_path, monkeypatch, caplog, number, name):
+    checkpoints = saved(tmp_path, 3, 4)
+    opened, read = Path.open, Path.read_bytes
+
+    def refuse(path: Path) -> None:
+        if path == checkpoint_directory(tmp_path, 4) / name:
+            raise OSError(number, "not today", str(path))
+
+    monkeypatch.setattr(Path, "open", lambda self, *args, **kwargs: (refuse(self), opened(self, *args, **kwargs))[1])
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (refuse(self), read(self))[1])
+    assert checkpoints.load(FileEngine()).state == {"step": 3}
+    assert "not today" in caplog.text
+
+
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 3)
+
+    def refuse(self: Path) -> Any:
+        raise PermissionError(errno.EACCES, "not today", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read .*not today"):
+        checkpoints.load(FileEngine())
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_as_often_as_it_is_started(tmp_path):
+    checkpoints = saved(tmp_path, 3)
+    (checkpoint_directory(tmp_path, 3) / "data.json").write_text('{"step": 5}')
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none of step-00000003 can be read"):
+            checkpoints.load(FileEngine())
+
+
+def test_a_save_may_not_hang_as_long_as_a_collective(tmp_path):
+    from ltx2_train.distributed.world import TIMEOUT_SECONDS
+
+    assert Checkpointer(tmp_path, WORLD).timeout_seconds < TIMEOUT_SECONDS
+    assert checkpoint.EXCHANGE_SECONDS < TIMEOUT_SECONDS
 
 
 @pytest.mark.parametrize(

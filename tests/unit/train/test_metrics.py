@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -118,12 +118,14 @@ def test_speed_counts_tokens_of_both_streams_and_the_peak_share():
     bucket, text = Bucket(2, 2, 2, 5), TextFeatures(torch.zeros(3, 4), torch.zeros(3, 4))
     batch = collate([placeholder("a", bucket, text), placeholder("b", bucket, text)], [0, 1], bucket, ["b: damaged"])
     metrics = Metrics(World(), peak_flops=100.0)
-    metrics.record_batch(batch, flops=50.0)
+    metrics.record_batch(replace(batch, retried_reads=3), flops=50.0, recomputed_flops=10.0)
     record = closed(metrics).flush()
     assert (record["samples"], record["tokens"], record["bad_records"]) == (2, 2 * (8 + 5), 1)
+    assert record["retried_reads"] == 3
     assert record["tokens_per_second"] == 13.0
     assert record["samples_per_second"] == 1.0
     assert record["mfu"] == 0.25
+    assert record["hfu"] == pytest.approx(0.3)
 
 
 def test_a_rank_that_shares_samples_leaves_counting_to_the_first():
@@ -137,7 +139,7 @@ def test_a_rank_that_shares_samples_leaves_counting_to_the_first():
 
 
 def test_a_device_without_a_known_peak_has_no_mfu():
-    assert "mfu" not in closed(Metrics(World())).flush()
+    assert not {"mfu", "hfu"} & closed(Metrics(World())).flush().keys()
 
 
 def test_a_window_begins_empty():

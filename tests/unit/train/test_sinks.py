@@ -4,7 +4,7 @@ import logging
 import subprocess
 import sys
 
-from ltx2_train.train.sinks import ConsoleSink, JsonlSink, SinksConfig, numbers, open_sinks, recorded_events
+from ltx2_train.train.sinks import ConsoleSink, JsonlSink, SinksConfig, Tolerant, numbers, open_sinks, recorded_events
 
 RECORD = {
     "step": 3,
@@ -83,6 +83,57 @@ def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [RECORD]
 
 
+class Disk:
+    """A file on a disk with this much room."""
+
+    def __init__(self, path, room):
+        self.file, self.room = path.open("ab", buffering=0), room
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(content[: self.room])
+        self.room -= written
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+def test_records_wait_while_the_disk_is_full_and_none_is_lost_or_torn(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.file = Disk(path, room=5)
+    for step in (1, 2):
+        sink.log({"step": step, "note": "é"})
+        assert caplog.text.count("metrics.jsonl CANNOT BE WRITTEN: [Errno 28] No space left") == step
+    sink.file.room = 1000
+    sink.log({"step": 3})
+    sink.close()
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+
+
+def test_a_sink_that_fails_is_told_of_once_and_ends_nothing(caplog):
+    class Broken(list):
+        def log(self, record):
+            self.append(record)
+            raise ValueError("the tracker is gone")
+
+        def close(self):
+            raise ValueError("and stays away")
+
+    broken = Broken()
+    sink = Tolerant(broken)
+    for step in (1, 2):
+        sink.log({"step": step})
+    sink.close()
+    assert broken == [{"step": 1}]
+    assert caplog.text.count("the run goes on without it") == 1
+    assert "the tracker is gone" in caplog.text
+    Tolerant(Broken()).close()
+    assert "and stays away" in caplog.text
+
+
 def test_numbers_that_json_does_not_have_become_null(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.log({"step": 1, "grad_norm": float("nan"), "sigma_bins": {"video": [[0, float("inf")]]}})
@@ -134,7 +185,7 @@ def test_an_offline_run_goes_on_under_its_own_id(tmp_path, monkeypatch):
         sinks = open_sinks(
             SinksConfig(console=False), tmp_path / "run", step=step, max_steps=6, settings={"optim": {"lr": 0.1}}
         )
-        ids.append(sinks[1].run.id)
+        ids.append(sinks[1].sink.run.id)
         for sink in sinks:
             sink.log(RECORD | {"step": step + 1})
             sink.log({"event": "heldout", "step": step + 1, "time": 2.0, "loss_video": 0.4})

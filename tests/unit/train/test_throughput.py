@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -6,13 +7,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltx2_train.distributed.engine import EngineConfig, Recompute
+from ltx2_train.distributed.engine import EngineConfig
 from ltx2_train.distributed.units import prepare_units
 from ltx2_train.model.config import TransformerConfig, named_config
 from ltx2_train.model.lora import ATTENTIONS, LoraConfig, add_lora
 from ltx2_train.model.modality import Modality
 from ltx2_train.model.transformer import Transformer
-from ltx2_train.train.throughput import Load, forward_flops, peak_flops, recomputed_flops, training_flops
+from ltx2_train.train.throughput import BLOCKS, Load, forward_flops, peak_flops, recomputed_flops, training_flops
 
 
 @pytest.mark.parametrize(
@@ -161,23 +162,36 @@ def test_trained_connectors_get_a_gradient_through_the_caption_projections():
     assert training_flops(config, LOAD) > training_flops(config, LOAD, connectors_trained=False)
 
 
+def named(numbers: Iterable[int]) -> list[str]:
+    return [f"{BLOCKS}{i}" for i in numbers]
+
+
 @pytest.mark.parametrize(
-    ("recompute", "lora"), [(Recompute.every_n, None), (Recompute.full, ADAPTERS)], ids=["every_n", "full"]
+    ("engine", "lora", "blocks"),
+    [
+        (EngineConfig(recompute="full"), None, [0, 1]),
+        (EngineConfig(recompute="full"), ADAPTERS, [0, 1]),
+        (EngineConfig(recompute="every_n"), None, [0]),
+        (EngineConfig(), None, []),
+    ],
+    ids=["full", "full with adapters", "every_n", "none"],
 )
-def test_what_backward_runs_again_is_counted_beside_it(recompute, lora):
-    config, engine = small("ltx2_3_22b"), EngineConfig(recompute=recompute)
-    expected = counted(config, LOAD, lora, recompute=engine) - counted(config, LOAD, lora)
-    assert recomputed_flops(config, LOAD, engine, lora=lora) == expected
-
-
-def test_nothing_is_run_again_without_recomputation():
-    assert recomputed_flops(small("ltx2_3_22b"), LOAD, EngineConfig()) == 0
-
-
-def test_kept_attentions_cost_no_product_again_and_a_budget_is_not_guessed():
+def test_what_backward_runs_again_is_counted_beside_it(engine, lora, blocks):
     config = small("ltx2_3_22b")
-    full, selective = (
-        recomputed_flops(config, LOAD, EngineConfig(recompute=policy)) for policy in ("full", "selective")
-    )
-    assert 0 < selective < full
-    assert recomputed_flops(config, LOAD, EngineConfig(recompute="budget", recompute_budget_gb=1)) is None
+    expected = counted(config, LOAD, lora, recompute=engine) - counted(config, LOAD, lora)
+    assert recomputed_flops(config, LOAD, named(blocks), lora=lora) == expected
+
+
+def test_kept_attentions_cost_no_product_again():
+    config = small("ltx2_3_22b")
+    of_both, kept = (recomputed_flops(config, LOAD, named([0, 1]), attentions=again) for again in (True, False))
+    assert 0 < kept < of_both
+    # Of a query's attention twice its keys, each for the width of the attention; of both streams, to both and to text.
+    dv, da, (nv, na, text) = 40, 20, (LOAD.video, LOAD.audio, LOAD.text)
+    products = nv * (nv + text) * dv + na * (na + text) * da + 2 * nv * na * da
+    assert of_both - kept == 2 * LOAD.samples * 2 * 2 * products  # FLOPs per multiply-add, two products, two blocks
+
+
+def test_connectors_count_neither_in_training_nor_again():
+    connectors = ["connectors.video_embeddings_connector.transformer_1d_blocks.0"]
+    assert recomputed_flops(small("ltx2_3_22b"), LOAD, connectors) == 0

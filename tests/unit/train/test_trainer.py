@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from ltx2_train.batch import collate, placeholder
-from ltx2_train.data.loader import BadRecords
 from ltx2_train.distributed.engine import StepResult
 from ltx2_train.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from ltx2_train.record import Bucket, TextFeatures
 from ltx2_train.train.checkpoint import Saved
 from ltx2_train.train.ema import Ema, EmaConfig
-from ltx2_train.train.faults import BadUpdate, FaultsConfig, Rollback
+from ltx2_train.train.faults import NAMED, BadUpdate, FaultsConfig, LeftOut, Rollback, told
 from ltx2_train.train.metrics import Metrics
 from ltx2_train.train.state import TrainState, check_same_run, defining_settings
 from ltx2_train.train.trainer import Outcome, TrainConfig, Trainer, spread_non_finite
@@ -114,8 +113,11 @@ class Saves:
     in_flight: list = field(default_factory=list)
     settled: list = field(default_factory=list)
 
-    def save(self, step, engine, state, config):
+    kept: list = field(default_factory=list)
+
+    def save(self, step, engine, state, config, *, back_to):
         assert not self.in_flight
+        self.kept.append(back_to)
         self.states.append(TrainState.from_dict(state["train"]))
         self.in_flight.append(Saved(step, Path(f"step-{step:08d}"), 2**20, 0.5))
 
@@ -288,6 +290,9 @@ def test_a_gradient_that_is_merely_too_large_costs_its_step_only():
     assert "engine.skip_above" in t.sinks[0][0]["reason"]
 
 
+ONE = FaultsConfig(skips=1, rollbacks=1)
+
+
 def poisoned(where: dict[int, str], **changes) -> Trainer:
     """A run whose sample of the step with that number (from 1) is another, and whose loss is not finite there."""
     lists = ([batch(where.get(n, "k1"))] for n in range(1, 100))
@@ -318,13 +323,91 @@ def test_one_bad_update_too_many_sends_the_run_back_to_before_the_first_of_them(
 def test_a_run_that_has_rolled_back_says_so_and_saves_that_at_once():
     bad = (BadUpdate(4, "a loss is not finite", ("k11",)),)
     state = TrainState(step=3).rolled_back(["k11"])
-    t = trainer(endless(batch("k1")), state=state, rolled_back=Rollback(Path("step-00000003"), bad))
+    t = trainer(endless(batch("k1")), state=state, rolled_back=Rollback(Path("step-00000003"), bad, 0.25))
     t.run()
     event = t.sinks[0][0]
     assert (event["event"], event["step"], event["number"], event["keys"]) == ("rolled_back", 3, 1, ["k11"])
+    assert (event["skipped_samples"], event["left_out_share"]) == (1, 0.25)
     assert event["updates"] == [{"step": 4, "reason": "a loss is not finite", "keys": ["k11"]}]
     saved = t.checkpoints.states[0]
     assert (saved.step, saved.skipped, saved.rollbacks) == (3, ("k11",), 1)
+
+
+def test_a_run_that_rolls_back_says_how_much_is_left_out(caplog):
+    asked = []
+
+    def left_out(keys):
+        asked.append(keys)
+        return [LeftOut(3, 400), LeftOut(0, 200)]
+
+    t = poisoned({4: "k12", 5: "k11"}, state=TrainState(skipped=("k7",)), left_out=left_out, config={"faults": ONE})
+    assert t.run() is Outcome.ROLLED_BACK
+    assert asked == [["k11", "k12", "k7"]]
+    assert t.rollback.share == 3 / 600
+    assert "without these 2 samples" in caplog.text
+    assert "left out 0.5 % of all samples" in caplog.text
+
+
+def test_a_rollback_that_would_leave_out_more_than_allowed_ends_the_run():
+    counts = [LeftOut(0, 5000), LeftOut(31, 3000)]
+    t = poisoned({4: "k12", 5: "k11"}, left_out=lambda keys: counts, config={"faults": ONE})
+    with pytest.raises(
+        NonFiniteError, match=r"31 of the 3000 samples of dataset 1; .*skip_fraction=0\.01 allows 30\. "
+    ):
+        t.run()
+    assert t.checkpoints.asked == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "skipped", "total", "fits"),
+    [
+        (0.01, 100, 10_000, True),
+        (0.01, 101, 10_000, False),
+        (0.01, 10, 24, True),  # as of a thousand
+        (0.01, 11, 24, False),
+        (0.01, 6, 12, True),  # half of them stay
+        (0.01, 7, 12, False),
+        (0.01, 1, 1, False),
+        (0.0, 0, 24, True),
+        (0.0, 1, 5000, False),
+    ],
+)
+def test_how_many_samples_a_rollback_may_leave_out(fraction, skipped, total, fits):
+    objection = FaultsConfig(skip_fraction=fraction).objection([LeftOut(0, 10), LeftOut(skipped, total)])
+    assert (objection == "") == fits, objection
+
+
+def test_a_message_names_some_samples_and_counts_the_others():
+    bad = (BadUpdate(4, "x", tuple(f"k{n:03d}" for n in range(NAMED + 5))),)
+    assert told(bad).endswith(f"k{NAMED - 1:03d} and 5 more")
+
+
+def test_a_changed_setting_is_an_event():
+    t = trainer(endless(batch("k1")), changes={"optim.lr": (0.1, 0.01)})
+    t.run()
+    assert t.sinks[0][0]["event"] == "settings_changed"
+    assert t.sinks[0][0]["settings"] == {"optim.lr": {"from": 0.1, "to": 0.01}}
+
+
+def test_an_update_that_was_refused_does_not_move_the_average():
+    ema = Ema([("weight", torch.tensor(1.0))], EmaConfig())
+    t = poisoned({2: "k11", 3: "k12"}, ema=ema, config={"max_steps": 4})
+    t.run()
+    assert ema.updates == 2
+
+
+def test_what_a_rollback_needs_is_kept_when_a_bad_update_is_saved():
+    def batches():
+        yield [batch("k1")]
+        yield [batch("k11")]
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield [batch("k11")]
+
+    t = trainer(batches(), config={"save_every": 1})
+    t.objective.poison["k11"] = float("nan")
+    assert t.run() is Outcome.STOPPED
+    assert [s.step for s in t.checkpoints.states] == [1, 3]
+    assert t.checkpoints.kept == [1, 1]
 
 
 def test_rollbacks_are_counted_over_the_whole_run():
@@ -375,6 +458,7 @@ def test_the_position_is_told_at_every_point_of_a_step_and_not_outside():
         ({"skips": -1}, "faults.skips=-1"),
         ({"loss_above": 1.0}, "loss_above=1.0"),
         ({"loss_window": 0}, "loss_window=0"),
+        ({"skip_fraction": 0.6}, "skip_fraction=0.6: must be between 0 and 0.5"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(values, message):
@@ -383,10 +467,17 @@ def test_a_policy_that_makes_no_sense_is_refused(values, message):
 
 
 def test_too_many_damaged_records_end_the_run():
-    records = BadRecords(limit=0.0)
-    t = trainer(endless(batch("k1", "k9", bad=["k9"])), records=records, config={"log_every": 1})
+    t = trainer(endless(batch("k1", "k9", bad=["k9"])), bad_fraction=0.0, config={"log_every": 1})
     with pytest.raises(DataError, match="k9: damaged"):
         t.run()
+
+
+def test_damaged_records_are_counted_over_all_starts_of_a_run():
+    before = TrainState(step=2, samples=1998, bad_records=19)
+    changes = {"bad_fraction": 0.01, "config": {"log_every": 1, "max_steps": 4}}
+    with pytest.raises(DataError, match="21 of 2002 records are damaged"):
+        trainer(endless(batch("k1", "k9", bad=["k9"])), state=before, **changes).run()
+    assert TrainState.from_dict(before.to_dict()).bad_records == 19
 
 
 def test_a_bad_record_is_reported_by_key_and_moves_no_other_sample():
@@ -570,6 +661,11 @@ RUN = {
 def test_settings_that_do_not_change_the_result_may_change_on_resume():
     other = {**RUN, "train": {"save_every": 9, "run_dir": "b"}, "data": {**RUN["data"], "loader": {"num_workers": 7}}}
     check_same_run(defining_settings(RUN), defining_settings(other), "run/step-3")
+
+
+def test_what_decides_over_an_update_defines_the_run_and_what_ends_it_does_not():
+    train = {"save_every": 5, "faults": {"skips": 3, "rollbacks": 2, "loss_above": None, "skip_fraction": 0.01}}
+    assert defining_settings({"train": train}) == {"train.faults.skips": 3, "train.faults.loss_above": None}
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference():
