@@ -5,7 +5,7 @@
 #   PYTHON       the interpreter that makes it, >= 3.11             (found by itself)
 #   TORCH_INDEX  package index of another torch build, for torch alone   (remembered)
 #   CONSTRAINTS  pinned versions      (constraints/cpu.txt without a GPU, none with one)
-#   ARGS         passed on to demo and bench, and to pytest by test, proof and gpu
+#   ARGS         passed on to demo, proof-engines, soak and the benches, and to pytest by test, proof and gpu
 
 VENV ?= .venv
 ARGS ?=
@@ -33,7 +33,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 p
 	$$p $(IS_NEW_ENOUGH) >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format types proof proof-engines soak gpu bench clean reinstall
+.PHONY: help setup demo test check lint format types proof proof-engines soak gpu bench bench-engines clean reinstall
 
 help:  ## this list
 	@echo "ltx2_train: pretrain and fine-tune LTX-2, the open audio-video diffusion transformer"
@@ -92,14 +92,17 @@ proof: setup  ## the long proofs: parity, released weights and exactness with th
 	$(BIN)/python -m tests.proofs.exactness
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-proof-engines: setup  ## parity of both engines in every arrangement, and the kill matrix (needs the extra deepspeed; about 15 minutes)
+proof-engines: setup  ## parity of both engines, kill matrix, flipped bits, LoRA's memory (needs the extra deepspeed)
 	$(BIN)/python -m tests.proofs.engines $(ARGS)
 
-soak: setup  ## a tiny run killed at random moments, twenty times
+soak: setup  ## a tiny run killed at random moments, twenty times, against the same run straight
 	$(BIN)/python -m tests.proofs.soak $(ARGS)
 
-gpu: setup  ## the tests that need a CUDA device
+gpu: setup  ## the tests that need a CUDA device: each is a test of the CPU on another device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-engines: setup  ## a LoRA step of the 19 B model under each recompute policy and with ZeRO-3 offload: for a machine with GPUs
+	$(BIN)/python -m tests.bench.bench_engines $(ARGS)
 
 bench: setup  ## the demo model against diffusers' transformer with the same weights: time and peak memory
 	$(BIN)/python -m tests.bench.bench_transformer $(ARGS)

@@ -27,7 +27,7 @@ from ltx2_train.cli.train import open_datasets
 from ltx2_train.data.loader import Loader, LoaderConfig
 from ltx2_train.data.plan import Plan
 from ltx2_train.diffusion.objective import Objective
-from ltx2_train.distributed.fsdp2 import saved_weights
+from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.distributed.world import World
 from ltx2_train.model.build import transformer_config
 from ltx2_train.record import Bucket
