@@ -3,11 +3,14 @@
 import hashlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ltx2_train.cli.entry import launch, set_up_logging
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+HUNG = ".hung"  # in the run directory: the watchdog ended the run, and the next start tells it
 
 HEADER = """\
 ltx2-train [GROUP=OPTION ...] [SETTING=VALUE ...]
@@ -77,7 +82,14 @@ def train(job: "TrainJob", world: "World") -> "Outcome":
     set_up_logging(world.is_main)
     world = world.sharing_samples(job.engine.sequence)
     job.train.run_dir = world.broadcast_object(job.train.run_dir)  # its name may hold the time at which a rank started
-    with lock_run(Path(job.train.run_dir), world), Watchdog(world, job.train.hang_seconds) as watchdog:
+    hung = Path(job.train.run_dir) / HUNG
+
+    def leave(code: int) -> None:
+        with suppress(OSError):  # whatever stands in the way of the note, the process must end
+            hung.touch()
+        os._exit(code)
+
+    with lock_run(hung.parent, world), Watchdog(world, job.train.hang_seconds, leave=leave) as watchdog:
         trainer = build_trainer(job, world, watchdog.at)
         if trainer.finished:
             step, last = trainer.state.step, job.train.max_steps
@@ -176,11 +188,12 @@ def build_trainer(
             settings=settings,
             is_main=world.is_main,
         ),
-        evaluators=evaluators(job, heldout, marker, world),
+        evaluators=evaluators(job, heldout, marker, world, trained_weights(engine, ema)),
         evaluated={(state.step, name) for name in evaluated},
         records=BadRecords(job.data.loader.bad_fraction),
         job=settings,
         rolled_back=rollback,
+        resumed=None if restored is None or rollback is not None else {"after": ended_by(run_dir, world)},
         position=position,
         flops=lambda batch: training_flops(
             config,
@@ -189,6 +202,19 @@ def build_trainer(
             connectors_trained=job.model.train_connectors,
         ),
     )
+
+
+def ended_by(run_dir: Path, world: "World") -> str:
+    """What ended the run before this start, as far as it left a note, which is taken away. All ranks call it."""
+    from ltx2_train.distributed.world import agreed
+
+    def take() -> bool:
+        if not world.is_main or not (run_dir / HUNG).exists():
+            return False
+        (run_dir / HUNG).unlink()
+        return True
+
+    return "a hang" if agreed(world, take) else "an end"
 
 
 def settle_places(job: "TrainJob") -> None:
@@ -407,10 +433,25 @@ def peak_of(world: "World", job: "TrainJob") -> float | None:
     return peak_flops(torch.cuda.get_device_name(world.device))
 
 
+def trained_weights(engine: "Engine", ema: "Ema | None") -> "dict[str, Callable[[], AbstractContextManager[None]]]":
+    """While the average is in the model: "raw", the block in which the trained weights are. Empty: there is no average.
+
+    Weights and average have changed places then, and changing them again puts each where it belongs.
+    """
+    return {} if ema is None else {"raw": lambda: engine.swapped(ema.weights())}
+
+
 def evaluators(
-    job: "TrainJob", datasets: "Sequence[LatentDataset]", marker: bool, world: "World"
+    job: "TrainJob",
+    datasets: "Sequence[LatentDataset]",
+    marker: bool,
+    world: "World",
+    others: "Mapping[str, Callable[[], AbstractContextManager[None]]]" = MappingProxyType({}),
 ) -> "dict[str, Evaluator]":
-    """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own."""
+    """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own.
+
+    `others`: further kinds of weights for the held-out loss, as `heldout_evaluator` takes them.
+    """
     from ltx2_train.cli.components import Components
     from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.heldout import Heldout, heldout_evaluator
@@ -428,7 +469,7 @@ def evaluators(
             place = place / "evals" / f"dataset{suffix}"
         if settings.heldout is not None:
             measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
-            found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights)
+            found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights, others=others)
         if settings.samples is not None:
             samples = Samples(dataset, _sampling(job, dataset, marker), codecs, settings.samples, world)
             found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)
