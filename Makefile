@@ -104,8 +104,9 @@ gpu: setup  ## the tests that need a CUDA device: each is a test of the CPU on a
 bench-engines: setup  ## a LoRA step of the 19 B model under each recompute policy and with ZeRO-3 offload: for a machine with GPUs
 	$(BIN)/python -m tests.bench.bench_engines $(ARGS)
 
-bench: setup  ## the demo model against diffusers' transformer with the same weights: time and peak memory
+bench: setup  ## the demo model against diffusers' transformer; a guided step against its passes apart: time and peak memory
 	$(BIN)/python -m tests.bench.bench_transformer $(ARGS)
+	$(BIN)/python -m tests.bench.bench_guided $(ARGS)
 
 reinstall: ;
 

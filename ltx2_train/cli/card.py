@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx2_train.cli.export import Source
-    from ltx2_train.evals.report import RunRecord
+    from ltx2_train.evals.runrecord import RunRecord
     from ltx2_train.model.export import Provenance
 
 SAMPLES = "samples"  # folder beside the card
@@ -36,7 +36,7 @@ def write_card(path: Path, source: "Source", provenance: "Provenance", form: str
 
     Datasets are named by their folder's name, not by their place. Raises `DataError` when the run has no metrics.
     """
-    from ltx2_train.evals.report import read_run
+    from ltx2_train.evals.runrecord import read_run
 
     run = read_run(source.directory)
     sections = [

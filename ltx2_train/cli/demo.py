@@ -183,7 +183,8 @@ def _save_state(path: Path, state: dict[str, Any]) -> None:
 
 def summary(out: Path, state: dict[str, Any]) -> list[str]:
     """What came of it, and where it lies."""
-    from ltx2_train.evals.report import duration, headline, read_run
+    from ltx2_train.evals.report import duration, headline
+    from ltx2_train.evals.runrecord import read_run
 
     run_dir = out / "run"
     record = read_run(run_dir)

@@ -400,7 +400,7 @@ def _check_connectors(model: "nn.Module", source: Source) -> None:
 
 def _check_card(source: Source) -> None:
     """Raises `DataError` where there is nothing to make a card of, before anything large is written."""
-    from ltx2_train.evals.report import read_run
+    from ltx2_train.evals.runrecord import read_run
 
     read_run(source.directory)
 

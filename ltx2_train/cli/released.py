@@ -1,9 +1,10 @@
 """A released model out of files, to be sampled as it is or with adapters: no run, no training data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ltx2_train.errors import ConfigError
 from ltx2_train.model import fuse_lora
 from ltx2_train.model.build import ModelConfig, build_model, initial_weights, transformer_config
 from ltx2_train.model.generation import UNKNOWN, generation_of
+from ltx2_train.model.modality import Stream
+from ltx2_train.model.weights import fingerprint
+from ltx2_train.weightfile import open_weights
 
 SIZE = {"frames": 121, "width": 768, "height": 512, "fps": 24.0}  # of the reference's first stage
 
@@ -29,9 +33,20 @@ class Released:
     device: torch.device
     dtype: torch.dtype
     title: str
+    generation: str
+    """ "2.0", "2.3", "2.5", or "unknown"."""
     keyframe_marker: bool
-    size: dict[str, float]
+    size: dict[str, Any]
     """Frames, width, height and fps of a clip where they are not given."""
+
+    streams: frozenset[Stream] = frozenset(Stream)
+    """What the model makes."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the weights are and where the parts around them lie, in plain values. Another one makes other clips."""
+        loras = [[open_weights(path).fingerprint, strength] for path, strength in self.loras]
+        return {"weights": fingerprint(self.weights), "loras": loras, "parts": asdict(self.components.places)}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -69,6 +84,7 @@ def load_released(
         device=device,
         dtype=dtype,
         title=f"LTX-{generation} of {weights.name}" + "".join(f" + {path.name} x {s:g}" for path, s in loras),
+        generation=generation,
         keyframe_marker=architecture.use_keyframes_abs_pos_embedding,
         size=dict(SIZE),
     )

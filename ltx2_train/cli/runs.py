@@ -1,5 +1,6 @@
 """A trained model out of a run directory, to be sampled and measured: no engine, no optimizer, whole weights."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from ltx2_train.diffusion.profiles import SamplerProfile, profile
 from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.model.build import initial_weights, transformer_config
+from ltx2_train.model.generation import UNKNOWN, generation_of
+from ltx2_train.model.modality import Stream
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
 
 WEIGHTS = ("ema", "raw")
@@ -46,6 +49,24 @@ class Trained:
     def title(self) -> str:
         """What is sampled, in words."""
         return f"step {self.step}, {self.weights} weights"
+
+    @property
+    def streams(self) -> frozenset[Stream]:
+        """What the model makes."""
+        return frozenset(self.job.model.streams)
+
+    @property
+    def generation(self) -> str:
+        """ "2.0", "2.3" or "2.5" of a run that started from released weights; from scratch no profile is amiss."""
+        start = self.job.model.weights
+        return UNKNOWN if start is None else generation_of(transformer_config(self.job.model))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the checkpoint holds and what made its data, in plain values. Another one makes other clips."""
+        with (self.checkpoint / MANIFEST).open("rb") as manifest:
+            digest = hashlib.file_digest(manifest, "sha256").hexdigest()
+        return {"checkpoint": digest, "weights": self.weights, "provenance": self.provenance}
 
     @property
     def keyframe_marker(self) -> bool:

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from threading import Thread
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ltx2_train.cli.entry import launch, set_up_logging
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+NOTE_SECONDS = 5.0
+HUNG = ".hung"  # in the run directory: the watchdog ended the run, and the next start tells it
 
 HEADER = """\
 ltx2-train [GROUP=OPTION ...] [SETTING=VALUE ...]
@@ -81,7 +88,19 @@ def train(job: "TrainJob", world: "World") -> "Outcome":
     set_up_logging(world.is_main)
     world = world.sharing_samples(job.engine.sequence)
     job.train.run_dir = world.broadcast_object(job.train.run_dir)  # its name may hold the time at which a rank started
-    with lock_run(Path(job.train.run_dir), world), Watchdog(world, job.train.hang_seconds) as watchdog:
+    hung = Path(job.train.run_dir) / HUNG
+
+    def note() -> None:
+        with suppress(OSError):  # whatever stands in the way of the note, the process must end
+            hung.touch()
+
+    def leave(code: int) -> None:
+        noting = Thread(target=note, daemon=True)
+        noting.start()
+        noting.join(NOTE_SECONDS)  # it may be the file system that hangs
+        os._exit(code)
+
+    with lock_run(hung.parent, world), Watchdog(world, job.train.hang_seconds, leave=leave) as watchdog:
         trainer = build_trainer(job, world, watchdog.at)
         if trainer.finished:
             step, last = trainer.state.step, job.train.max_steps
@@ -130,6 +149,7 @@ def build_trainer(
     check_streams(job)
     settle_places(job)
     config = agreed(world, lambda: transformer_config(job.model))
+    check_profile(job, config)
     datasets, heldout = agreed(world, lambda: open_datasets(job, config))
     manifest = datasets[0].manifest
     made_with = {name: getattr(manifest, name) for name in PROVENANCE}
@@ -154,6 +174,7 @@ def build_trainer(
     state, changes = origin.state(checkpoints, engine, ema)
     state, indexes, given = state.without(job.data.skip), [d.index for d in datasets], frozenset(job.data.skip)
     plan = Plan(indexes, job.data.weights, job.data.plan, frozenset(state.skipped))
+    ended = ended_by(run_dir, world)
     evaluated = from_main(world, lambda: recorded_events(run_dir / METRICS_NAME, state.step))
     from_main(world, lambda: save_job(job, run_dir))
     sinks = agreed(
@@ -182,13 +203,14 @@ def build_trainer(
         state=state,
         ema=ema,
         sinks=sinks,
-        evaluators=evaluators(job, heldout, marker, world),
+        evaluators=evaluators(job, heldout, marker, world, trained_weights(engine, ema)),
         evaluated={(state.step, name) for name in evaluated},
         bad_fraction=job.data.loader.bad_fraction,
         left_out=lambda keys: [LeftOut(*counts) for counts in left_out(indexes, frozenset(keys), given)],
         changes=changes,
         job=settings,
         rolled_back=origin.rollback,
+        resumed={"after": ended} if origin.directory and not origin.rollback else None,
         position=position,
         **flops(job, config, engine),
     )
@@ -211,6 +233,18 @@ def flops(job: "TrainJob", config: "TransformerConfig", engine: "Engine") -> "di
         return recomputed_flops(config, load(batch), engine.recomputed(), attentions=attentions, lora=job.lora)
 
     return {"flops": needed, "recomputed_flops": again}
+
+
+def ended_by(run_dir: Path, world: "World") -> str:
+    """What ended the run before this start, as far as it left a note, which is taken away. All ranks call it."""
+    from ltx2_train.distributed.world import from_main
+
+    def take() -> bool:
+        noted = (run_dir / HUNG).exists()
+        (run_dir / HUNG).unlink(missing_ok=True)
+        return noted
+
+    return "a hang" if from_main(world, take) else "an end"
 
 
 def settle_places(job: "TrainJob") -> None:
@@ -254,6 +288,15 @@ def check_streams(job: "TrainJob") -> None:
             f"objective.streams={sorted(asked)}: the model has no {', '.join(sorted(missing))} stream "
             f"(model.streams={sorted(built)}). Make them agree"
         )
+
+
+def check_profile(job: "TrainJob", config: "TransformerConfig") -> None:
+    """Raises `ConfigError` for a sampler profile of another generation than the released weights that the run starts from."""
+    from ltx2_train.diffusion.profiles import check_generation, profile
+    from ltx2_train.model.generation import generation_of
+
+    if job.model.weights is not None:
+        check_generation(profile(job.evaluation.profile), generation_of(config))
 
 
 def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":
@@ -441,10 +484,25 @@ def peak_of(world: "World", job: "TrainJob") -> float | None:
     return peak_flops(torch.cuda.get_device_name(world.device))
 
 
+def trained_weights(engine: "Engine", ema: "Ema | None") -> "dict[str, Callable[[], AbstractContextManager[None]]]":
+    """While the average is in the model: "raw", the block in which the trained weights are. Empty: there is no average.
+
+    Weights and average have changed places then, and changing them again puts each where it belongs.
+    """
+    return {} if ema is None else {"raw": lambda: engine.swapped(ema.weights())}
+
+
 def evaluators(
-    job: "TrainJob", datasets: "Sequence[LatentDataset]", marker: bool, world: "World"
+    job: "TrainJob",
+    datasets: "Sequence[LatentDataset]",
+    marker: bool,
+    world: "World",
+    others: "Mapping[str, Callable[[], AbstractContextManager[None]]]" = MappingProxyType({}),
 ) -> "dict[str, Evaluator]":
-    """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own."""
+    """What is run every train.eval_every steps, by event name. Further held-out datasets have folders of their own.
+
+    `others`: further kinds of weights for the held-out loss, as `heldout_evaluator` takes them.
+    """
     from ltx2_train.cli.components import Components
     from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.heldout import Heldout, heldout_evaluator
@@ -462,7 +520,7 @@ def evaluators(
             place = place / "evals" / f"dataset{suffix}"
         if settings.heldout is not None:
             measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
-            found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights)
+            found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights, others=others)
         if settings.samples is not None:
             samples = Samples(dataset, _sampling(job, dataset, marker), codecs, settings.samples, world)
             found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)

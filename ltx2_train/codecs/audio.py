@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,6 @@ class AudioCodec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to a waveform (B, 2, N) at `self.sample_rate`."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Has all that it holds lie on the device, and what it gives too."""

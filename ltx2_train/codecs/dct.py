@@ -143,6 +143,9 @@ class DctVideoCodec:
         self.block_norm = _video_norm(statistics["video_block"])
         self.first_norm = _video_norm(statistics["video_first"])
 
+    def to(self, device: torch.device | str) -> None:
+        """It lies nowhere: what it needs follows the tensors that it is given."""
+
     def coefficients(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Transform before normalisation, of the first frame and of the blocks behind it. Raises as `encode`."""
         checked = check_video(video)
@@ -176,6 +179,9 @@ class DctAudioCodec:
         self.front = LogMel(floor=MEL_FLOOR)
         self.sample_rate = self.front.sample_rate
         self.norm = _audio_norm(_statistics()["audio"])
+
+    def to(self, device: torch.device | str) -> None:
+        """It lies nowhere: what it needs follows the tensors that it is given."""
 
     def mel(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """(B, 2, N) at `sample_rate` to log-mel (B, 2, T_mel, 64). Raises `DataError` as `encode`."""

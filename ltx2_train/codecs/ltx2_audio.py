@@ -188,6 +188,14 @@ class Ltx2AudioCodec:
         self.encoder, self.decoder = modules["encoder"], modules["decoder"]
         self.mean, self.deviation, self.device = mean, deviation, mean.device
 
+    def to(self, device: torch.device | str) -> None:
+        """Has encoder, decoder, statistics and a vocoder that is in memory lie on the device."""
+        self.encoder, self.decoder = self.encoder.to(device), self.decoder.to(device)
+        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
+        self.device = self.mean.device
+        if "vocoder" in vars(self):
+            self.vocoder.to(device)
+
     @cached_property
     def vocoder(self) -> nn.Module:
         """Read from its file when first needed: who encodes a dataset never hears it."""

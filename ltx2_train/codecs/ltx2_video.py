@@ -100,6 +100,12 @@ class Ltx2VideoCodec:
         parameter = next(self.encoder.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
+    def to(self, device: torch.device | str) -> None:
+        """Has encoder, decoder and statistics lie on the device."""
+        self.encoder, self.decoder = self.encoder.to(device), self.decoder.to(device)
+        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
+        self.device = self.mean.device
+
     def normalise(self, raw: Tensor) -> Tensor:
         """What the encoder gives to what the transformer takes: zero mean and unit deviation per channel, fp32.
 

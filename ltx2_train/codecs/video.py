@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,6 @@ class VideoCodec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to (B, 3, 8k + 1, H, W), about [-1, 1]."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Has all that it holds lie on the device, and what it gives too."""

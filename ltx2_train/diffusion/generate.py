@@ -15,10 +15,10 @@ from ltx2_train.diffusion.conditioning import (
     keyframes_mask,
     no_conditioning,
 )
-from ltx2_train.diffusion.guidance import Contexts, Guider, StreamInputs
+from ltx2_train.diffusion.guider import Contexts, Guider, StreamInputs
 from ltx2_train.diffusion.path import to_noisy
 from ltx2_train.diffusion.profiles import SamplerProfile
-from ltx2_train.diffusion.sampler import Streams, holding, sample_euler
+from ltx2_train.diffusion.sampler import Streams, holding, per_stream, restoring
 from ltx2_train.errors import ConfigError
 from ltx2_train.model.modality import Modality, Perturbations, Velocity
 from ltx2_train.model.patchify import patchify_audio, patchify_video, unpatchify_audio, unpatchify_video
@@ -87,24 +87,25 @@ def generate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     keyframe_marker: bool = True,
+    passes_at_once: int | None = None,
 ) -> Generated:
     """The latents of requests of one size, together in one batch.
 
     `dtype` is what the model is fed; the state stays fp32. `keyframe_marker`: mark the first latent frame's tokens, as
-    a model that has the marker was trained; others ignore it. Raises `ConfigError` when the requests differ in size.
+    a model that has the marker was trained; others ignore it. `passes_at_once`: most passes of guidance in one forward
+    (`Guider`). Raises `ConfigError` when the requests differ in size.
     """
     requests = [requests] if isinstance(requests, Request) else list(requests)
     device, bucket = torch.device(device), _common_bucket(requests)
     given = _conditioning(requests, bucket, device)
     clean = Streams(_clean_video(requests, bucket, device), _clean_audio(requests, bucket, device))
     denoise_mask = Streams(given.video.denoise_mask(), given.audio.denoise_mask())
-    noisy = Streams(
-        _initial("video", requests, clean.video, denoise_mask.video),
-        _initial("audio", requests, clean.audio, denoise_mask.audio),
-    )
+    draw = _noise_of(requests, clean)
+    noisy = per_stream(to_noisy, clean, draw(), denoise_mask)
     video, audio = _inputs(requests, bucket, given, profile, keyframe_marker)
-    denoise = holding(Guider(model, video, audio, dtype), clean, denoise_mask)
-    sampled = sample_euler(denoise, noisy, profile.sigmas(bucket.video_tokens or bucket.audio_steps))
+    restore = restoring(clean, denoise_mask)
+    denoise = holding(Guider(model, video, audio, dtype, passes_at_once), restore)
+    sampled = profile.integrate(denoise, noisy, _sigmas_from_noise(profile, bucket), draw, restore)
     return Generated(
         video=None if sampled.video is None else _video_grid(sampled.video, bucket),
         audio=None if sampled.audio is None else unpatchify_audio(sampled.audio),
@@ -153,17 +154,30 @@ def _clean_audio(requests: Sequence[Request], bucket: Bucket, device: torch.devi
     return patchify_audio(clean).to(device)
 
 
-def _initial(
-    stream: str, requests: Sequence[Request], clean: Tensor | None, denoise_mask: Tensor | None
-) -> Tensor | None:
-    """Pure noise of each request's own seed, and the clean tokens where they are given.
+def _noise_of(requests: Sequence[Request], clean: Streams) -> Callable[[], Streams]:
+    """A function that draws standard normal noise of the shape of `clean`, each request's from its own seed.
 
-    The noise is drawn on the CPU, so that a seed means the same on every device.
+    The noise is drawn on the CPU, so that a seed means the same on every device. The first draw is what generation starts
+    from; the following ones are for samplers that add noise on the way.
     """
-    if clean is None or denoise_mask is None:
-        return None
-    draws = [torch.randn(clean.shape[1:], generator=generator(r.seed, f"sample.{stream}")) for r in requests]
-    return to_noisy(clean, torch.stack(draws).to(clean.device), denoise_mask)
+    sources = {stream: [generator(r.seed, f"sample.{stream}") for r in requests] for stream in clean._fields}
+
+    def drawn(stream: str, like: Tensor | None) -> Tensor | None:
+        if like is None:
+            return None
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in sources[stream]]).to(like.device)
+
+    return lambda: Streams(drawn("video", clean.video), drawn("audio", clean.audio))
+
+
+def _sigmas_from_noise(profile: SamplerProfile, bucket: Bucket) -> Tensor:
+    sigmas = profile.sigmas(bucket.video_tokens or bucket.audio_steps)
+    if sigmas[0] != 1:
+        raise ConfigError(
+            f"sampler profile {profile.name}: starts at sigma {sigmas[0]:.6g}, to refine latents; what starts from noise "
+            "needs a schedule that starts at 1"
+        )
+    return sigmas
 
 
 def _inputs(

@@ -4,14 +4,33 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ltx2_train.diffusion.choice import chosen
 from ltx2_train.diffusion.guidance import GuidanceConfig
+from ltx2_train.diffusion.sampler import (
+    DEFAULT_ETA,
+    TWO_CALLS,
+    Denoiser,
+    Draw,
+    Restore,
+    Sampler,
+    SamplerSettings,
+    State,
+    log_levels,
+    nothing_given,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_gradient_estimating,
+    sample_heun,
+    sample_res_2s,
+)
 from ltx2_train.diffusion.sigmas import (
     DISTILLED,
+    DISTILLED_REFINE,
     MAX_TOKENS,
+    beta_schedule,
+    custom_schedule,
     linear_quadratic_schedule,
     ltx2_schedule,
     shifted_schedule,
@@ -25,7 +44,10 @@ class Schedule(StrEnum):
     ltx2 = "ltx2"
     shifted = "shifted"
     linear_quadratic = "linear_quadratic"
+    beta = "beta"
     distilled = "distilled"
+    distilled_refine = "distilled_refine"
+    custom = "custom"
 
 
 class TokenRule(StrEnum):
@@ -42,47 +64,124 @@ class SamplerProfile:
     name: str
     """What it is called."""
     steps: int = 30
-    """Euler steps, one forward each."""
+    """Steps of the sampler. A step calls the model once; twice with heun and res_2s (`calls` is their number)."""
+    sampler: Sampler = Sampler.euler
+    """euler; euler_ancestral: Euler that adds noise on the way; heun and res_2s: second order, two calls of the model in a
+    step; gradient_estimating: Euler by a velocity that learns from the last one."""
+    settings: SamplerSettings = field(default_factory=SamplerSettings)
+    """What single samplers leave open."""
     schedule: Schedule = Schedule.ltx2
-    """ltx2: shifted, and stretched to end at 0.1 before 0; shifted: not stretched; linear_quadratic; distilled: the
-    fixed eight steps of distilled models."""
+    """ltx2: shifted, and stretched to end at 0.1 before 0; shifted: not stretched; linear_quadratic; beta: dense at both
+    ends; distilled: the fixed eight steps of distilled models; distilled_refine: their fixed three of the second stage,
+    which starts from latents; custom: `custom_sigmas`."""
+    custom_sigmas: list[float] = field(default_factory=list)
+    """Descending sigmas in [0, 1], one more than there are steps (custom). A schedule may end above 0."""
     tokens: TokenRule = TokenRule.fixed
     """fixed: the shift of 4096 tokens for every clip, as the released models are used; actual: that of the clip's own
-    video token count (audio's where there is no video), as in training."""
+    video token count (audio's where there is no video), as in training. For ltx2 and shifted."""
     video: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Guidance of the video stream."""
     audio: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Guidance of the audio stream."""
+    generations: list[str] = field(default_factory=list)
+    """Generations of LTX-2 that it is made for ("2.0", "2.3", "2.5"). Empty: any model."""
 
     def __post_init__(self) -> None:
+        self.sampler = chosen(Sampler, self.sampler, "sampler")
         self.schedule = chosen(Schedule, self.schedule, "schedule")
         self.tokens = chosen(TokenRule, self.tokens, "tokens")
+        self._check_steps()
+        if self.settings.eta is not None and self.sampler not in DEFAULT_ETA:
+            raise ConfigError(
+                f"settings.eta={self.settings.eta}: {self.sampler} adds no noise; leave it out, or set sampler to one of "
+                f"{', '.join(DEFAULT_ETA)}"
+            )
+        for name, guidance in (("video", self.video), ("audio", self.audio)):
+            if guidance.skip_step and self.sampler in TWO_CALLS:
+                raise ConfigError(
+                    f"{name}.skip_step={guidance.skip_step}: {self.sampler} calls the model twice a step, and the second "
+                    "call needs an answer of its own; set it to 0, or sampler to euler"
+                )
+
+    def _check_steps(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps}: must be >= 1")
-        if self.schedule == Schedule.distilled and self.steps != len(DISTILLED) - 1:
-            raise ConfigError(f"steps={self.steps}: the distilled schedule has {len(DISTILLED) - 1}")
+        if self.custom_sigmas and self.schedule is not Schedule.custom:
+            raise ConfigError(f"custom_sigmas: have no effect with schedule={self.schedule}; set schedule=custom")
+        if self.schedule in (Schedule.distilled, Schedule.distilled_refine, Schedule.custom):
+            fixed = len(self.sigmas(MAX_TOKENS)) - 1
+            if self.steps != fixed:
+                raise ConfigError(f"steps={self.steps}: the {self.schedule} schedule has {fixed}")
 
     def sigmas(self, tokens: int) -> Tensor:
-        """(steps + 1,) fp32, from 1 down to 0, for a clip of `tokens` tokens."""
+        """(steps + 1,) fp32, descending, for a clip of `tokens` tokens: from 1 to 0 but for distilled_refine and custom."""
         shift_tokens = tokens if self.tokens == TokenRule.actual else MAX_TOKENS
-        if self.schedule == Schedule.ltx2:
-            return ltx2_schedule(self.steps, shift_tokens)
-        if self.schedule == Schedule.shifted:
-            return shifted_schedule(self.steps, shift_tokens)
-        if self.schedule == Schedule.linear_quadratic:
-            return linear_quadratic_schedule(self.steps)
-        return torch.tensor(DISTILLED)
+        match self.schedule:
+            case Schedule.ltx2:
+                return ltx2_schedule(self.steps, shift_tokens)
+            case Schedule.shifted:
+                return shifted_schedule(self.steps, shift_tokens)
+            case Schedule.linear_quadratic:
+                return linear_quadratic_schedule(self.steps)
+            case Schedule.beta:
+                return beta_schedule(self.steps)
+            case Schedule.distilled:
+                return custom_schedule(DISTILLED)
+            case Schedule.distilled_refine:
+                return custom_schedule(DISTILLED_REFINE)
+            case Schedule.custom:
+                return custom_schedule(self.custom_sigmas)
+
+    @property
+    def calls(self) -> int:
+        """How often the denoiser is called for one clip."""
+        sigmas = self.sigmas(MAX_TOKENS).tolist()
+        ends_at_data = sigmas[-1] == 0
+        match self.sampler:
+            case Sampler.heun:
+                return 2 * self.steps - ends_at_data
+            case Sampler.res_2s:
+                return 2 * (len(log_levels(sigmas)) - 1) + ends_at_data
+            case _:
+                return self.steps
+
+    def integrate(
+        self, denoise: Denoiser, noisy: State, sigmas: Tensor, draw: Draw, restore: Restore = nothing_given
+    ) -> State:
+        """`noisy`, which is at sigmas[0], brought down to sigmas[-1] by the profile's sampler.
+
+        `draw` gives new standard normal noise of the state's shape at every call; only samplers that add noise call it.
+        `restore` puts what is given back into a state; `denoise` does so in its own answers.
+        """
+        settings, eta = self.settings, self.settings.eta_of(self.sampler)
+        match self.sampler:
+            case Sampler.euler:
+                return sample_euler(denoise, noisy, sigmas)
+            case Sampler.euler_ancestral:
+                return sample_euler_ancestral(denoise, noisy, sigmas, draw, restore, eta=eta, s_noise=settings.s_noise)
+            case Sampler.heun:
+                return sample_heun(denoise, noisy, sigmas)
+            case Sampler.res_2s:
+                return sample_res_2s(denoise, noisy, sigmas, draw, restore, eta=eta, bong=settings.bong)
+            case Sampler.gradient_estimating:
+                return sample_gradient_estimating(denoise, noisy, sigmas, gamma=settings.gamma)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        plain = asdict(self)
-        return plain | {"schedule": self.schedule.value, "tokens": self.tokens.value}
+        return _plain(asdict(self))
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "SamplerProfile":
         """What `to_dict` wrote. Raises `ConfigError` on a field that is missing, unknown or out of its bound."""
-        guidance = {name: _from_fields(GuidanceConfig, plain.get(name, {}), name) for name in ("video", "audio")}
-        return _from_fields(cls, {**plain, **guidance}, "sampler profile")
+        parts = {"settings": SamplerSettings, "video": GuidanceConfig, "audio": GuidanceConfig}
+        built = {name: _from_fields(owner, plain.get(name, {}), name) for name, owner in parts.items()}
+        return _from_fields(cls, {**plain, **built}, "sampler profile")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.value if isinstance(value, StrEnum) else value
 
 
 def _from_fields(owner: type, plain: dict[str, Any], name: str) -> Any:
@@ -95,20 +194,53 @@ def _from_fields(owner: type, plain: dict[str, Any], name: str) -> Any:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _released(name: str, steps: int, stg_block: int) -> SamplerProfile:
+GENERATIONS = ["2.0", "2.3", "2.5"]
+VIDEO_CFG, AUDIO_CFG = 3.0, 7.0
+
+
+def _released(
+    name: str, steps: int, stg_block: int, generations: list[str], tokens: TokenRule = TokenRule.fixed
+) -> SamplerProfile:
     """The setting in which a released (not distilled) model is used."""
     video, audio = (
-        GuidanceConfig(cfg=cfg, stg=1.0, stg_blocks=[stg_block], modality=3.0, rescale=0.7) for cfg in (3.0, 7.0)
+        GuidanceConfig(cfg=cfg, stg=1.0, stg_blocks=[stg_block], modality=3.0, rescale=0.7)
+        for cfg in (VIDEO_CFG, AUDIO_CFG)
     )
-    return SamplerProfile(name=name, steps=steps, video=video, audio=audio)
+    return SamplerProfile(name=name, steps=steps, generations=generations, tokens=tokens, video=video, audio=audio)
+
+
+def _distilled(generation: str, sampler: Sampler = Sampler.euler) -> SamplerProfile:
+    """The setting in which a distilled model is used in its first stage: eight steps without guidance."""
+    return SamplerProfile(
+        name=f"distilled_{generation}",
+        steps=len(DISTILLED) - 1,
+        schedule=Schedule.distilled,
+        sampler=sampler,
+        generations=[generation],
+    )
 
 
 PROFILES: dict[str, SamplerProfile] = {
     p.name: p
     for p in (
-        _released("ltx2_2.0", steps=40, stg_block=29),
-        _released("ltx2_2.3", steps=30, stg_block=28),
-        _released("ltx2_2.5", steps=30, stg_block=28),
+        _released("ltx2_2.0", steps=40, stg_block=29, generations=["2.0"]),
+        _released("ltx2_2.3", steps=30, stg_block=28, generations=["2.3"]),
+        _released("ltx2_2.5", steps=30, stg_block=28, generations=["2.5"]),
+        # Few steps of second order, without skip guidance: 31 calls of three passes.
+        SamplerProfile(
+            name="hq",
+            steps=15,
+            sampler=Sampler.res_2s,
+            tokens=TokenRule.actual,
+            video=GuidanceConfig(cfg=VIDEO_CFG, modality=3.0, rescale=0.45),
+            audio=GuidanceConfig(cfg=AUDIO_CFG, modality=3.0, rescale=1.0),
+            generations=GENERATIONS,
+        ),
+        _distilled("2.0"),
+        _distilled("2.3"),
+        _distilled("2.5", Sampler.euler_ancestral),
+        # What the LTX-2 pipeline of diffusers does unless it is told otherwise: the shift follows the clip's size.
+        _released("diffusers", steps=30, stg_block=28, generations=GENERATIONS, tokens=TokenRule.actual),
         # For a small model trained from scratch: its own shift, down to 0 evenly, and text guidance alone.
         SamplerProfile(
             name="demo",
@@ -127,3 +259,18 @@ def profile(name: str) -> SamplerProfile:
     if name not in PROFILES:
         raise ConfigError(f"sampler profile {name!r}: not known; choose one of {', '.join(PROFILES)}")
     return SamplerProfile.from_dict(PROFILES[name].to_dict())
+
+
+def check_generation(chosen_profile: SamplerProfile, generation: str) -> None:
+    """Raises `ConfigError` when the profile is made for other generations than `generation` ("2.0", "2.3", "2.5").
+
+    The error names the profiles that fit. A model of no known generation may be sampled with any.
+    """
+    made_for = chosen_profile.generations
+    if not made_for or generation in made_for or generation not in GENERATIONS:
+        return
+    fitting = [p.name for p in PROFILES.values() if generation in p.generations or not p.generations]
+    raise ConfigError(
+        f"sampler profile {chosen_profile.name}: made for LTX-{' and '.join(made_for)}, and this model is of generation "
+        f"{generation}; choose one of {', '.join(fitting)}"
+    )

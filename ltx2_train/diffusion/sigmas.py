@@ -1,8 +1,10 @@
 """Where training sigmas are drawn, and the descending sigmas of sampling."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,6 +20,9 @@ MAX_TOKENS, MAX_SHIFT = 4096, 2.05
 # Quantiles of the standard normal that the stretched law maps to sigma 0 and 1.
 LOW_QUANTILE = -2.5758  # 0.5 %
 HIGH_QUANTILE = 3.0902  # 99.9 %
+
+# The beta schedule: quantiles of a symmetric beta distribution pick from a table of shifted sigmas.
+BETA_SHAPE, BETA_SHIFT, BETA_TABLE = 0.6, 2.37, 10_000
 
 DISTILLED = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 DISTILLED_REFINE = (0.909375, 0.725, 0.421875, 0.0)  # second stage, after latent upsampling
@@ -159,6 +164,41 @@ def linear_quadratic_schedule(steps: int, threshold: float = 0.025, linear_steps
     progress = [i * threshold / linear for i in range(linear)]
     progress += [a * i * i + b * i + a * linear**2 for i in range(linear, steps)]
     return 1 - torch.tensor([*progress, 1.0])
+
+
+def beta_schedule(steps: int) -> Tensor:
+    """Dense towards both ends: sigmas of a shifted table at the quantiles of Beta(0.6, 0.6), then 0. (steps + 1,) fp32.
+
+    Raises `ConfigError` for so many steps that two of them would fall on one entry. Source: Lee et al. 2024, "Beta
+    sampling is all you need" (arXiv:2407.12173).
+    """
+    from scipy.stats import beta
+
+    quantiles = beta.ppf([1 - i / steps for i in range(_checked(steps))], BETA_SHAPE, BETA_SHAPE)
+    entries = torch.from_numpy(quantiles).mul(BETA_TABLE - 1).round()
+    if len(entries.unique()) < steps:
+        raise ConfigError(f"steps={steps}: the beta schedule has no more than {len(entries.unique())} distinct sigmas")
+    odds = math.exp(BETA_SHIFT)
+    table = (entries + 1) / BETA_TABLE
+    return torch.cat([odds / (odds + 1 / table - 1), torch.zeros(1)]).float()
+
+
+def custom_schedule(sigmas: Sequence[float]) -> Tensor:
+    """(n,) fp32: the given sigmas. Raises `ConfigError` unless they descend strictly within [0, 1]; they may end above 0."""
+    if len(sigmas) < 2:
+        raise ConfigError(
+            f"custom_sigmas={list(sigmas)}: a schedule needs at least 2, where it starts and where it ends"
+        )
+    for sigma in sigmas:
+        if not 0 <= sigma <= 1:
+            raise ConfigError(f"custom_sigmas: {sigma} is not in [0, 1], where 1 is noise and 0 is data")
+    schedule = torch.tensor(sigmas, dtype=torch.float32)
+    for (sigma, sigma_next), apart in zip(pairwise(sigmas), (schedule.diff() < 0).tolist(), strict=True):
+        if not apart:
+            raise ConfigError(
+                f"custom_sigmas: {sigma} is followed by {sigma_next}; each must be lower than the one before"
+            )
+    return schedule
 
 
 def _checked(steps: int) -> int:

@@ -31,6 +31,24 @@ class Mark:
     style: str
 
 
+@dataclass(frozen=True, slots=True)
+class StepMark:
+    """Something that happened at a place of the x axis. `style` is its CSS class, `text` what the pointer is told."""
+
+    x: float
+    style: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A dashed line over the whole width: what the other lines are held against."""
+
+    name: str
+    y: float
+    style: str
+
+
 @dataclass(slots=True)
 class _Axes:
     """Maps data to pixels."""
@@ -49,26 +67,37 @@ class _Axes:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, from_zero: bool = True) -> str:
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    from_zero: bool = True,
+    levels: Sequence[Level] = (),
+    marks: Sequence[StepMark] = (),
+) -> str:
     """An SVG with axes, one line per series and, read by the page's script, the values under the pointer.
 
-    Points that are not finite interrupt a line. No data at all gives an empty string.
+    Points that are not finite interrupt a line. Marks outside the range of x are left out. No data at all gives an empty
+    string.
     """
     drawn = [s for s in series if any(map(math.isfinite, s.y))]
     if not drawn:
         return ""
-    axes = _axes(drawn, from_zero)
+    axes = _axes(drawn, from_zero, [level.y for level in levels])
     label = escape(f"{y_label} against {x_label}")
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" {_hover_data(drawn, axes)}>'
     ]
     parts += _grid(axes, x_label, y_label)
+    parts += [_step_mark(mark, axes) for mark in marks if axes.x_range[0] <= mark.x <= axes.x_range[1]]
+    parts += [_level(level, axes) for level in levels]
     for one in drawn:
         parts += [_band(one, axes)] if len(one.low) else []
         parts += [f'<polyline class="line {one.style}" points="{points}"/>' for points in _runs(one.x, one.y, axes)]
         parts += _dots(one, axes) if len(one.x) <= 12 and not one.faint else []
     parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>')
-    return "".join(parts) + _legend(drawn)
+    return "".join(parts) + _legend([s for s in drawn if not s.faint], levels)
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, float | None, str]], *, maximum: float = 1.0) -> str:
@@ -132,14 +161,18 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _axes(series: Sequence[Series], from_zero: bool) -> _Axes:
+def _axes(series: Sequence[Series], from_zero: bool, levels: Sequence[float]) -> _Axes:
     xs = [x for s in series for x in s.x]
-    ys = [y for s in series for y in (*s.y, *s.low, *s.high) if math.isfinite(y)]
+    ys = [y for s in series for y in (*s.y, *s.low, *s.high, *levels) if math.isfinite(y)]
     low, high = min(xs), max(xs)
-    bottom, top = (0.0 if from_zero else min(ys)), max(ys)
+    bottom, top = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
     top = top if top > bottom else bottom + 1.0
     y_ticks = ticks(bottom, top + (top - bottom) * 0.08, 4)
-    axes = _Axes((low, high if high > low else low + 1.0), (bottom, max(top * 1.02, y_ticks[-1])), y_ticks=y_ticks)
+    axes = _Axes(
+        (low, high if high > low else low + 1.0),
+        (bottom, max(top + 0.02 * (top - bottom), y_ticks[-1])),
+        y_ticks=y_ticks,
+    )
     axes.x_ticks = ticks(*axes.x_range, 6)
     return axes
 
@@ -181,11 +214,23 @@ def _dots(one: Series, axes: _Axes) -> list[str]:
     return [f'<circle class="dot {one.style}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3"/>' for x, y in pairs]
 
 
-def _legend(series: Sequence[Series]) -> str:
-    named = [s for s in series if not s.faint]
-    if len(named) < 2:
+def _step_mark(mark: StepMark, axes: _Axes) -> str:
+    """A thin line with a wide one over it that takes the pointer."""
+    x = f"{axes.x(mark.x):.1f}"
+    lines = (f'<line class="{kind}" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for kind in ("thin", "wide"))
+    return f'<g class="event {mark.style}"><title>{escape(mark.text)}</title>{"".join(lines)}</g>'
+
+
+def _level(level: Level, axes: _Axes) -> str:
+    y = f"{axes.y(level.y):.1f}"
+    return f'<line class="level {level.style}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+
+
+def _legend(named: Sequence[Series], levels: Sequence[Level]) -> str:
+    if len(named) + len(levels) < 2:
         return ""
-    entries = (f'<span class="key {s.style}"><i></i>{escape(s.name)}</span>' for s in named)
+    entries = [f'<span class="key {s.style}"><i></i>{escape(s.name)}</span>' for s in named]
+    entries += [f'<span class="key dashed {s.style}"><i></i>{escape(s.name)}</span>' for s in levels]
     return f'<div class="legend">{"".join(entries)}</div>'
 
 

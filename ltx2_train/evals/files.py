@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+FOLLOW_NAME = "follow.jsonl"  # in RUN/evals: events of an evaluation that follows the run from outside
 
-def write_json(path: Path, values: dict[str, Any], *, update: bool = False) -> None:
-    """Write plain values; NaN is refused, JSON has none. `update`: the file keeps the fields that `values` has not."""
-    before = json.loads(path.read_text()) if update and path.exists() else {}
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values; NaN is refused, JSON has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(before | values, ensure_ascii=False, allow_nan=False, indent=1))
+    partial.write_text(json.dumps(values, ensure_ascii=False, allow_nan=False, indent=1))
     partial.replace(path)

@@ -1,9 +1,11 @@
 """Held-out loss: fixed clips, fixed noise, fixed sigmas. The same numbers on any number of ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +16,12 @@ from ltx2_train.data.datasets import LatentDataset
 from ltx2_train.diffusion.objective import Objective
 from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.evals.estimate import Estimate
 from ltx2_train.evals.files import write_json
 from ltx2_train.record import Bucket
 from ltx2_train.rng import BatchRng, derive_seed
 
 MODALITIES = ("video", "audio")
-Z_95 = 1.96  # half-width of a 95 % interval in standard errors
 
 
 class WorldLike(Protocol):
@@ -67,32 +69,8 @@ class HeldoutConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over clips with its 95 % interval (normal approximation)."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Estimate":
-        """From one value per clip (N,); NaN stands for a clip without that modality and is left out."""
-        seen = values[values.isfinite()].double()
-        if not len(seen):
-            return cls(math.nan, math.nan, math.nan, 0)
-        half = Z_95 * float(seen.std()) / math.sqrt(len(seen)) if len(seen) > 1 else math.nan
-        mean = float(seen.mean())
-        return cls(mean, mean - half, mean + half, len(seen))
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        numbers = {"mean": self.mean, "low": self.low, "high": self.high}
-        return {name: x if math.isfinite(x) else None for name, x in numbers.items()} | {"count": self.count}
-
-
-@dataclass(frozen=True, slots=True)
 class HeldoutLosses:
-    """Losses (clips, sigmas) fp64 per modality; NaN where a clip lacks it."""
+    """Losses (clips, sigmas) fp64 per modality; NaN where a clip lacks it, infinite where a loss is not finite."""
 
     keys: tuple[str, ...]
     sigmas: tuple[float, ...]
@@ -101,10 +79,14 @@ class HeldoutLosses:
 
     def mean(self, modality: str) -> Estimate:
         """Over clips, of each clip's mean over sigmas."""
-        return Estimate.of(getattr(self, modality).mean(dim=1))
+        return Estimate.mean_of(getattr(self, modality).mean(dim=1))
 
     def by_sigma(self, modality: str) -> list[Estimate]:
-        return [Estimate.of(column) for column in getattr(self, modality).unbind(1)]
+        return [Estimate.mean_of(column) for column in getattr(self, modality).unbind(1)]
+
+    def figures(self) -> dict[str, Any]:
+        """The mean losses and those by sigma, as an event has them."""
+        return event_figures(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, each clip's losses included, so that two measurements can be paired."""
@@ -112,11 +94,24 @@ class HeldoutLosses:
         for modality in MODALITIES:
             values = getattr(self, modality)
             plain[modality] = {
-                "mean": self.mean(modality).to_dict(),
-                "by_sigma": [estimate.to_dict() for estimate in self.by_sigma(modality)],
+                "mean": _plain_mean(self.mean(modality)),
+                "by_sigma": [_plain_mean(estimate) for estimate in self.by_sigma(modality)],
                 "per_clip": [x if math.isfinite(x) else None for x in values.mean(dim=1).tolist()],
             }
         return plain
+
+
+def event_figures(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one kind of weights, as heldout-STEP.json has it: the mean losses and those by sigma, as an event has them."""
+    sigmas = [f"{sigma:g}" for sigma in plain["sigmas"]]
+    by_sigma = {m: {s: row["mean"] for s, row in zip(sigmas, plain[m]["by_sigma"], strict=True)} for m in MODALITIES}
+    return {**{f"loss_{m}": plain[m]["mean"]["mean"] for m in MODALITIES}, "by_sigma": by_sigma}
+
+
+def _plain_mean(estimate: Estimate) -> dict[str, Any]:
+    """As files of held-out losses spell it."""
+    plain = estimate.to_dict()
+    return {"mean": plain.pop("value"), **plain}
 
 
 class Heldout:
@@ -130,6 +125,11 @@ class Heldout:
         self.dataset, self.objective, self.config, self.world = dataset, objective, config, world
         self.indices = spread(len(dataset), config.clips, dataset.location)
         self.groups = by_bucket(self.indices, dataset.index.bucket, config.batch_size)
+
+    @property
+    def num_forwards(self) -> int:
+        """Calls of the model that one measurement takes, on every rank."""
+        return len(share(self.groups, self.world)) * len(self.config.sigmas)
 
     @torch.no_grad()
     def measure(self, model: Callable[..., Any]) -> HeldoutLosses:
@@ -150,8 +150,8 @@ class Heldout:
         return HeldoutLosses(
             keys=tuple(self.dataset.index.key(index) for index in self.indices),
             sigmas=tuple(self.config.sigmas),
-            video=video.where(has_video, math.nan),
-            audio=audio.where(has_audio, math.nan),
+            video=video.where(video.isfinite(), math.inf).where(has_video, math.nan),
+            audio=audio.where(audio.isfinite(), math.inf).where(has_audio, math.nan),
         )
 
     def _losses(self, model: Callable[..., Any], batch: Batch, rng: BatchRng) -> Tensor:
@@ -200,20 +200,40 @@ def heldout_path(directory: Path, step: int) -> Path:
     return directory / "evals" / f"heldout-{step:08d}.json"
 
 
+def write_heldout(heldout: Heldout, directory: Path, step: int, measured: Mapping[str, HeldoutLosses]) -> None:
+    """Write `evals/heldout-STEP.json`, the losses by the kind of weights, on the first rank. All ranks call it."""
+
+    def write() -> None:
+        if heldout.world.rank == 0:
+            plain = {weights: losses.to_dict() for weights, losses in measured.items()}
+            write_json(heldout_path(directory, step), {"step": step, **plain})
+
+    agreed(heldout.world, write)
+
+
 def heldout_evaluator(
-    heldout: Heldout, directory: Path, *, weights: str = "ema"
+    heldout: Heldout,
+    directory: Path,
+    *,
+    weights: str = "ema",
+    others: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxyType({}),
 ) -> Callable[[Callable[..., Any], int], dict[str, Any]]:
-    """For the trainer: measures, writes `evals/heldout-STEP.json` on the first rank, and gives the event's figures."""
+    """For the trainer: measures, writes the step's file, and gives the event's figures.
+
+    `weights`: the kind that the model is called with. `others`: further kinds by name, each with the block in which the
+    same model has them; their figures stand in the event under their name.
+    """
 
     def evaluate(model: Callable[..., Any], step: int) -> dict[str, Any]:
-        losses = heldout.measure(model)
-
-        def write() -> None:
-            if heldout.world.rank == 0:
-                write_json(heldout_path(directory, step), {"step": step, weights: losses.to_dict()}, update=True)
-
-        agreed(heldout.world, write)
-        return {"weights": weights} | {f"loss_{m}": losses.mean(m).to_dict()["mean"] for m in MODALITIES}
+        measured = {}
+        for name, in_place in others.items():
+            with in_place():
+                measured[name] = heldout.measure(model)
+        measured[weights] = heldout.measure(model)
+        write_heldout(heldout, directory, step, measured)
+        forwards = heldout.num_forwards * len(measured)
+        figures = {name: losses.figures() for name, losses in measured.items()}
+        return {"weights": weights, "forwards": forwards, **figures.pop(weights), **figures}
 
     return evaluate
 
@@ -226,4 +246,6 @@ def paired_change(before: dict[str, Any], after: dict[str, Any], modality: str) 
     if before["sigmas"] != after["sigmas"] or before["keys"] != after["keys"]:
         return None
     pairs = zip(before[modality]["per_clip"], after[modality]["per_clip"], strict=True)
-    return Estimate.of(torch.tensor([b - a for a, b in pairs if a is not None and b is not None], dtype=torch.float64))
+    return Estimate.mean_of(
+        torch.tensor([b - a for a, b in pairs if a is not None and b is not None], dtype=torch.float64)
+    )

@@ -1,98 +1,67 @@
 """One page that tells what a run did: curves, held-out losses, samples with sound. It needs no other file."""
 
-import base64
-import json
-import logging
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ltx2_train.errors import DataError
-from ltx2_train.evals.charts import Mark, Series, bars, line_chart, number, waveform
+from ltx2_train.evals.charts import Mark, Series, StepMark, bars, line_chart, number, waveform
+from ltx2_train.evals.embedding import Media
 from ltx2_train.evals.heldout import MODALITIES, paired_change
+from ltx2_train.evals.history import (
+    best_losses,
+    first_name,
+    heldout_charts,
+    metric_charts,
+    metrics_table,
+    rows_over_time,
+    sync_chart,
+)
+from ltx2_train.evals.incidents import incident_list, incidents, step_marks
+from ltx2_train.evals.runrecord import RunRecord, Sampled, read_run
 
-log = logging.getLogger(__name__)
-
-METRICS_NAME = "metrics.jsonl"
-CONFIG_NAME = "config.yaml"
 REPORT_NAME = "report.html"
+MEDIA_BYTES = 32_000_000  # of one page: a mail server takes it, a browser opens it at once
 SIGMA_GROUPS = 5  # the ten bins of the metrics, two by two: enough points in each for a readable curve
 QUIET = 0.02  # amplitude: a waveform below this is not drawn any larger
 CURVE_POINTS = 80  # windows that a run is averaged over for the sigma curves
 
 
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """What a run directory holds for the report. `heldout` is in order of steps; media lie in `samples_directory`."""
+def write_report(directory: Path, path: Path | None = None, *, media_bytes: int = MEDIA_BYTES) -> Path:
+    """Write the page of the run in `directory` (to `directory/report.html`) and return where it lies.
 
-    directory: Path
-    config: str
-    steps: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    heldout: list[dict[str, Any]] = field(default_factory=list)
-    samples: dict[str, Any] | None = None
-    samples_directory: Path | None = None
-
-
-def read_run(directory: Path) -> RunRecord:
-    """The run's metrics, evaluations and newest samples. Raises `DataError` when there are no metrics."""
-    path = directory / METRICS_NAME
-    if not path.exists():
-        raise DataError(f"{path} is missing: {directory} is no run directory. Give the directory that ltx2-train wrote")
-    lines = list(_json_lines(path))
-    sampled = max(directory.glob("evals/samples-*/samples.json"), default=None)
-    config = directory / CONFIG_NAME
-    return RunRecord(
-        directory=directory,
-        config=config.read_text() if config.exists() else "",
-        steps=_last_of_each_step([line for line in lines if "event" not in line]),
-        events=[line for line in lines if "event" in line],
-        heldout=[json.loads(p.read_text()) for p in sorted(directory.glob("evals/heldout-*.json"))],
-        samples=json.loads(sampled.read_text()) if sampled else None,
-        samples_directory=sampled.parent if sampled else None,
-    )
+    `media_bytes`: the most that films and pictures may take in it.
+    """
+    run, media = read_run(directory), Media(media_bytes)
+    events = incidents(run)
+    marks = step_marks(events)
+    values = {
+        "title": run.name,
+        "facts": _facts(run),
+        "tiles": headline(run) + _wait_tile(run),
+        "samples": _samples(run, media, marks),
+        "history": rows_over_time(run, media),
+        "metrics": metrics_table(run),
+        "metric_charts": metric_charts(run, marks),
+        "heldout": _heldout(run, marks),
+        "curves": _curves(run, marks),
+        "incidents": incident_list(events),
+        "config": run.config,
+        "media": media,
+    }
+    return render("report.html.j2", values, path or directory / REPORT_NAME)
 
 
-def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Every whole line; a run that was killed can leave half a line at the end of its file, or of each of its lives."""
-    for line_number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError:
-            log.warning("%s:%d is not a whole line of JSON and is left out of the report", path, line_number)
-
-
-def _last_of_each_step(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per step, in order: a resumed run repeats the steps after its checkpoint."""
-    by_step = {line["step"]: line for line in lines}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def write_report(directory: Path, path: Path | None = None) -> Path:
-    """Write the page of the run in `directory` (to `directory/report.html`) and return where it lies."""
+def render(template: str, values: dict[str, Any], path: Path) -> Path:
+    """Write a page, whole or not at all."""
     import jinja2
 
-    run = read_run(directory)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ltx2_train.evals", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["loss"] = loss_text
-    page = environment.get_template("report.html.j2").render(
-        title="/".join(directory.resolve().parts[-2:]),
-        facts=_facts(run),
-        tiles=headline(run) + _wait_tile(run),
-        samples=_samples(run),
-        heldout=_heldout(run),
-        curves=_curves(run),
-        events=_bad_records(run),
-        config=run.config,
-    )
-    path = path or directory / REPORT_NAME
+    page = environment.get_template(template).render(**values)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(page)
     partial.replace(path)
@@ -174,42 +143,48 @@ def _column(lines: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 def _before_and_after(run: RunRecord) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The best-known weights (EMA where there are any) of the first and of the last evaluation."""
-    found = [entry.get("ema") or entry["raw"] for entry in run.heldout]
+    found = [best_losses(entry) for entry in run.heldout]
     return (found[0], found[-1]) if found else (None, None)
 
 
-def _heldout(run: RunRecord) -> dict[str, Any] | None:
-    """Table rows and a chart per modality, before against after."""
+def _heldout(run: RunRecord, marks: Sequence[StepMark]) -> dict[str, Any] | None:
+    """Table rows, a chart per modality of the first against the last measurement, and charts over steps."""
     first, last = _before_and_after(run)
     if not first or not last:
         return None
-    rows = [_heldout_row(e["step"], w, e[w], first) for e in run.heldout for w in ("raw", "ema") if e.get(w)]
-    return {"rows": rows, "clips": last["clips"], "charts": [_heldout_chart(m, first, last) for m in MODALITIES]}
+    steps = run.heldout[0]["step"], run.heldout[-1]["step"]
+    charts = [_heldout_chart(m, first, last, steps) for m in MODALITIES] + heldout_charts(run, marks)
+    rows = [_heldout_row(e["step"], w, e[w], first, steps[0]) for e in run.heldout for w in ("raw", "ema") if e.get(w)]
+    return {"rows": rows, "clips": last["clips"], "charts": charts}
 
 
-def _heldout_row(step: int, weights: str, losses: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+def _heldout_row(
+    step: int, weights: str, losses: dict[str, Any], first: dict[str, Any], first_step: int
+) -> dict[str, Any]:
     """Losses of one measurement, and how they differ from the first, clip by clip."""
-    row: dict[str, Any] = {"step": step, "weights": weights}
+    row: dict[str, Any] = {"step": step, "weights": weights, "baseline": step == first_step}
     for modality in MODALITIES:
-        paired = paired_change(first, losses, modality) if losses is not first else None
+        paired = paired_change(first, losses, modality) if step != first_step else None
         text = (
-            f"{paired.mean:+.4f} ± {(paired.high - paired.low) / 2:.4f}".replace("-", "−")
-            if paired and paired.count > 1
+            f"{paired.value:+.4f} ± {paired.half_width:.4f}".replace("-", "−")
+            if paired and paired.half_width is not None
             else ""
         )
         row[modality] = {**losses[modality]["mean"], "change": text}
     return row
 
 
-def _heldout_chart(modality: str, first: dict[str, Any], last: dict[str, Any]) -> dict[str, str]:
+def _heldout_chart(
+    modality: str, first: dict[str, Any], last: dict[str, Any], steps: tuple[int, int]
+) -> dict[str, str]:
     def line(losses: dict[str, Any], name: str, style: str) -> Series:
         rows = losses[modality]["by_sigma"]
         values = {key: [row[key] for row in rows] for key in ("mean", "low", "high")}
         return Series(name, losses["sigmas"], values["mean"], style, values["low"], values["high"])
 
-    lines = [line(last, "after", modality)]
+    lines = [line(last, f"step {steps[1]}", modality)]
     if first is not last:
-        lines.insert(0, line(first, "before", "before"))
+        lines.insert(0, line(first, first_name(steps[0]), "before"))
     return {
         "title": f"{modality}, by sigma",
         "svg": line_chart(lines, x_label="sigma (1 = noise)", y_label="held-out loss"),
@@ -219,22 +194,20 @@ def _heldout_chart(modality: str, first: dict[str, Any], last: dict[str, Any]) -
 # -- training curves ---------------------------------------------------------------------------------------------------
 
 
-def _curves(run: RunRecord) -> list[dict[str, str]]:
+def _curves(run: RunRecord, marks: Sequence[StepMark]) -> list[dict[str, str]]:
     """All charts of the training itself; those without data are left out."""
-    step = "step"
     losses = [s for m in MODALITIES for s in _loss_lines(run.steps, m)]
-    charts = [("Training loss", line_chart(losses, x_label=step, y_label="loss"))]
-    for modality in MODALITIES:
-        lines = _sigma_lines(run.steps, modality)
-        charts.append((f"Training loss by sigma, {modality}", line_chart(lines, x_label=step, y_label="loss")))
+    charts = [("Training loss", losses, "loss")]
+    charts += [(f"Training loss by sigma, {m}", _sigma_lines(run.steps, m), "loss") for m in MODALITIES]
     for title, key, unit in (
         ("Gradient norm before clipping", "grad_norm", "norm"),
         ("Learning rate", "lr", "rate"),
         ("Throughput", "tokens_per_second", "tokens/s"),
     ):
-        charts.append((title, line_chart(_plain_line(run.steps, key), x_label=step, y_label=unit)))
-    charts.append(("Seconds per step", line_chart(_time_lines(run.steps), x_label=step, y_label="s")))
-    return [{"title": title, "svg": svg} for title, svg in charts if svg]
+        charts.append((title, _plain_line(run.steps, key), unit))
+    charts.append(("Seconds per step", _time_lines(run.steps), "s"))
+    drawn = [(title, line_chart(lines, x_label="step", y_label=unit, marks=marks)) for title, lines, unit in charts]
+    return [{"title": title, "svg": svg} for title, svg in drawn if svg]
 
 
 def _loss_lines(lines: Sequence[dict[str, Any]], modality: str) -> list[Series]:
@@ -291,43 +264,44 @@ def _time_lines(lines: Sequence[dict[str, Any]]) -> list[Series]:
     return [Series(name, one.x, one.y, style) for one, name, style in found]
 
 
-def _bad_records(run: RunRecord) -> list[dict[str, Any]]:
-    return [event for event in run.events if event["event"] == "bad_record"]
-
-
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def _samples(run: RunRecord) -> dict[str, Any] | None:
-    """Cards of the shown clips, sync figures and the contact sheet, with all media inside the page."""
-    if run.samples is None or run.samples_directory is None:
+def _samples(run: RunRecord, media: Media, marks: Sequence[StepMark]) -> dict[str, Any] | None:
+    """Cards of the newest step's shown clips, sync figures and the contact sheet."""
+    if not run.sampled:
         return None
-    found, directory = run.samples, run.samples_directory
-    shown = [clip for clip in found["clips"] if clip.get("sampled", {}).get("media")]
-    sheet = directory / found["sheet"] if found.get("sheet") else None
+    newest = run.sampled[-1]
+    found = newest.found
+    cards = [card(clip, newest, media) for clip in newest.shown]
     return {
         **{key: found.get(key) for key in ("step", "weights", "profile", "count")},
-        "clips": [_card(clip, directory) for clip in shown],
+        "clips": cards,
         "sync": _sync(found.get("sync")),
-        "sheet": data_uri(sheet) if sheet else None,
+        "sync_chart": sync_chart(run, marks),
+        "sheet": media.picture(newest.directory / found["sheet"], needed=True) if found.get("sheet") else None,
     }
 
 
-def _card(clip: dict[str, Any], directory: Path) -> dict[str, Any]:
+def card(clip: dict[str, Any], sampled: Sampled, media: Media) -> dict[str, Any]:
     """A sampled clip and the real one, drawn to one scale."""
     sides = {name: clip[name] for name in ("sampled", "real") if clip.get(name)}
     loudest = max(QUIET, *(peak for side in sides.values() for peak in side.get("peaks", [])), 0.0)
-    shown = [_side(side, name, directory, loudest) for name, side in sides.items()]
+    shown = [_side(side, name, sampled, media, loudest) for name, side in sides.items() if side.get("media")]
     return {"caption": clip["caption"], "seed": clip.get("seed"), "sides": shown}
 
 
-def _side(side: dict[str, Any], title: str, directory: Path, loudest: float) -> dict[str, Any]:
+def _side(side: dict[str, Any], title: str, sampled: Sampled, media: Media, loudest: float) -> dict[str, Any]:
     events = (("impacts", "impact"), ("onsets", "onset"))
     marks = [Mark(time, style) for name, style in events for time in side.get(name) or []]
-    pictures = {name: data_uri(directory / side[name]) if side.get(name) else None for name in ("strip", "mel")}
+    film = media.embed(sampled.directory / side["media"], needed=True)
+    pictures = {
+        name: media.picture(sampled.directory / side[name], needed=True) if side.get(name) else None
+        for name in ("strip", "mel")
+    }
     return {
         "title": title,
-        "video": data_uri(directory / side["media"]),
+        "film": film,
         "waveform": waveform(side["peaks"], side["seconds"], marks, loudest) if side.get("peaks") else "",
         "seconds": side["seconds"],
         **pictures,
@@ -344,13 +318,3 @@ def _sync(sync: dict[str, Any] | None) -> dict[str, Any] | None:
     rows.append(("real, through the codec", real["f1"], real.get("low"), real.get("high"), "before"))
     table = [{"name": name, **sync[name], "chance": figure(sync[name]["chance"])} for name in ("sampled", "real")]
     return {"svg": bars(rows), "rows": table, "tolerance_ms": sampled["tolerance_ms"]}
-
-
-MIME_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
-
-
-def data_uri(path: Path) -> str:
-    """The file as text that a page can hold. Raises `DataError` when it is gone."""
-    if not path.exists():
-        raise DataError(f"{path} is named by samples.json but missing. Run ltx2-evaluate for this run again")
-    return f"data:{MIME_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,8 +1,9 @@
 """Clips sampled from held-out captions, beside the real ones: for eye and ear, and to measure sync."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltx2_train.codecs.audio import AudioCodec
+from ltx2_train.codecs.residence import at_work, rest
 from ltx2_train.codecs.video import VideoCodec
 from ltx2_train.data.datasets import LatentDataset
 from ltx2_train.diffusion.generate import Generated, Request, generate
 from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
-from ltx2_train.evals.files import write_json
+from ltx2_train.evals.estimate import bootstrap
+from ltx2_train.evals.film import Film
 from ltx2_train.evals.heldout import WorldLike, by_bucket, share, spread
-from ltx2_train.evals.sync import TOLERANCE, compare, impacts, match, waveform_onsets
+from ltx2_train.evals.metrics import Clip, Measured, Settings, build_metrics, check_names, figures, measure, names
+from ltx2_train.evals.metrics.metric import share as share_of
+from ltx2_train.evals.metrics.timing import match_counts
+from ltx2_train.evals.sync import TOLERANCE, compare
+from ltx2_train.evals.unfinished import Done, Unfinished
 from ltx2_train.geometry import SPACE_SCALE, pixel_frames
 from ltx2_train.media.video import to_frames
 from ltx2_train.media.write import write_mp4, write_png
-from ltx2_train.record import Sample, TextFeatures
+from ltx2_train.record import Bucket, Sample, TextFeatures
 
 STRIP_FRAMES = 8
 THUMBNAIL = 64  # pixels, the height of a frame in strips and on the contact sheet
@@ -33,8 +40,6 @@ SHEET_CLIPS = 64
 GAP = 4  # pixels between clips of the contact sheet
 HEAT = ((0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))  # dark to bright
 PEAKS = 240  # points of a drawn waveform
-RESAMPLINGS = 1000  # of the bootstrap over clips
-
 Pixels = NDArray[np.uint8]
 
 
@@ -50,27 +55,25 @@ class SamplesConfig:
     """Clips sampled together."""
     seed: int = 0
     """Seed of the first clip's noise; the next ones count up."""
+    seeds: int = 1
+    """Samples of every caption, each from noise of its own."""
+    tolerance_ms: float = 1000 * TOLERANCE
+    """Milliseconds within which what is seen and what is heard are one event."""
+    metrics: list[str] | None = None
+    """Names of the figures that are made of the clips, as docs/evaluation.md lists them. null: all; []: none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("shown", 0), ("batch_size", 1)):
+        for name, least in (("clips", 1), ("shown", 0), ("batch_size", 1), ("seeds", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"evaluation.samples.{name}={getattr(self, name)}: must be >= {least}")
-
-
-@dataclass(frozen=True, slots=True)
-class Film:
-    """A decoded clip: `video` (3, F, H, W) in [-1, 1], `waveform` (2, N) in [-1, 1], either of them None."""
-
-    video: Tensor | None
-    waveform: Tensor | None
-    fps: float
-    sample_rate: int
+        if not self.tolerance_ms > 0:
+            raise ConfigError(f"evaluation.samples.tolerance_ms={self.tolerance_ms}: must be > 0 milliseconds")
+        check_names(self.metrics or [])
 
     @property
-    def seconds(self) -> float:
-        if self.video is not None:
-            return self.video.shape[1] / self.fps
-        return self.waveform.shape[1] / self.sample_rate if self.waveform is not None else 0.0
+    def tolerance(self) -> float:
+        """Seconds."""
+        return self.tolerance_ms / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,11 @@ class Codecs:
     audio: AudioCodec
     tile: tuple[int, int] | None = None
     """(size, overlap) in pixels of pieces that the picture is decoded in, for a video codec that can."""
+
+    @property
+    def movable(self) -> tuple[VideoCodec, AudioCodec]:
+        """What goes to a device to work, and leaves it again."""
+        return self.video, self.audio
 
     @torch.no_grad()
     def decode(self, video: Tensor | None, audio: Tensor | None, fps: float) -> Film:
@@ -105,16 +113,13 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """What a rank samples in one turn. `counted`: False where it only keeps the other ranks company."""
+class _Take:
+    """One sample to be made: of which of the chosen clips, by which of its seeds."""
 
-    indices: list[int]
-    references: list[Sample]
-    requests: list[Request]
-    counted: bool
-
-
-_Clips = dict[int, tuple[dict[str, Any], Pixels | None]]  # entries of samples.json and strips, by sample
+    number: int  # of the sample; all clips by their first seed come first
+    clip: int
+    reference: Sample
+    request: Request
 
 
 class Samples:
@@ -127,43 +132,72 @@ class Samples:
         self, dataset: LatentDataset, sampling: Sampling, codecs: Codecs, config: SamplesConfig, world: WorldLike
     ) -> None:
         self.dataset, self.sampling, self.codecs, self.config, self.world = dataset, sampling, codecs, config, world
+        rest(*codecs.movable)  # until there is something to decode, the room is the model's
         candidates = _talking_clips(dataset)
         chosen = spread(len(candidates), config.clips, dataset.location)
         self.indices = [candidates[i] for i in chosen]
-        self.groups = by_bucket(self.indices, dataset.index.bucket, config.batch_size)
+        chosen_metrics = names() if config.metrics is None else config.metrics
+        self.metrics = build_metrics(chosen_metrics, Settings(config.tolerance, world.device))
+        self.taken_up = 0  # samples of the last run that an earlier one, broken off, had made
 
-    def run(self, model: Callable[..., Any], directory: Path, *, step: int, weights: str) -> dict[str, Any]:
+    def run(
+        self,
+        model: Callable[..., Any],
+        directory: Path,
+        *,
+        step: int,
+        weights: str,
+        origin: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Sample, decode, measure and write everything into `directory`; the contents of its samples.json.
 
+        That file is written last and holds all of it or is not there. `origin` tells what the weights are, by their
+        content: then samples that the same weights and settings had made when a run was broken off are not made again.
         Only the model runs in all ranks together, so only the model stands between reading and the rest: what fails in
         those is raised on all ranks.
         """
-        tasks = agreed(self.world, self._read)
-        latents = [self._sample(model, task.requests) for task in tasks]
-        found = agreed(self.world, lambda: self._clips(tasks, latents, directory))
-        everyone = {i: clip for part in self.world.gather_objects(found) for i, clip in part.items()}
-        clips = [everyone[index][0] for index in self.indices]
-        summary = {"step": step, "weights": weights, "profile": self.sampling.profile.name, "count": len(clips)}
-        summary |= {"clips": clips, "sync": sync_figures(clips), "sheet": None}
-
-        def write() -> None:
-            if self.world.rank == 0:
-                summary["sheet"] = _write_sheet(directory, [everyone[index][1] for index in self.indices])
-                write_json(directory / "samples.json", summary)
-
-        agreed(self.world, write)
+        unfinished = Unfinished(directory, self._settings(step, weights, origin))
+        done = self._done(unfinished, anew=origin is None)
+        self.taken_up = len(done)
+        mine: dict[int, Done] = {}
+        left = [number for number in range(len(self.indices) * self.config.seeds) if number not in done]
+        for group, counted in share(by_bucket(left, self._bucket, self.config.batch_size), self.world):
+            takes = agreed(self.world, partial(self._read, group))
+            generated = self._sample(model, [take.request for take in takes])
+            mine |= agreed(self.world, partial(self._finish, takes if counted else [], generated, unfinished))
+        done |= {number: one for part in self.world.gather_objects(mine) for number, one in part.items()}
+        summary = self._summary([done[number] for number in sorted(done)], step, weights)
+        agreed(self.world, lambda: self._write(summary, done, unfinished) if self.world.rank == 0 else None)
         return summary
 
-    def _read(self) -> list["_Task"]:
-        """This rank's tasks, one per turn."""
-        tasks = []
-        for group, counted in share(self.groups, self.world):
-            references = [self.dataset.read(index) for index in group]
-            requests = [
-                request_like(r, self.sampling.negative, self._seed(i)) for i, r in zip(group, references, strict=True)
-            ]
-            tasks.append(_Task(group, references, requests, counted))
-        return tasks
+    def _done(self, unfinished: Unfinished, *, anew: bool) -> dict[int, Done]:
+        """What the first rank finds done."""
+        found = agreed(self.world, lambda: unfinished.open(anew=anew) if self.world.rank == 0 else {})
+        return dict(self.world.gather_objects(found)[0])
+
+    def _settings(self, step: int, weights: str, origin: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What a sample follows from."""
+        sampling, manifest = self.sampling, self.dataset.manifest
+        return {
+            "weights": [origin, step, weights],
+            "sampling": [sampling.profile.to_dict(), sampling.keyframe_marker, str(sampling.dtype)],
+            "data": [self.dataset.location, manifest.shards, self.indices],
+            "codecs": [self.codecs.video.name, self.codecs.audio.name, self.codecs.tile],
+            "config": asdict(self.config),
+            "metrics": [[metric.name, metric.unit] for metric in self.metrics],
+        }
+
+    def _bucket(self, number: int) -> Bucket:
+        return self.dataset.index.bucket(self.indices[number % len(self.indices)])
+
+    def _read(self, numbers: Sequence[int]) -> list[_Take]:
+        takes = []
+        for number in numbers:
+            clip = number % len(self.indices)
+            reference = self.dataset.read(self.indices[clip])
+            request = request_like(reference, self.sampling.negative, self.config.seed + number)
+            takes.append(_Take(number, clip, reference, request))
+        return takes
 
     def _sample(self, model: Callable[..., Any], requests: Sequence[Request]) -> Generated:
         return generate(
@@ -175,30 +209,65 @@ class Samples:
             keyframe_marker=self.sampling.keyframe_marker,
         )
 
-    def _clips(self, tasks: Sequence["_Task"], latents: Sequence[Generated], directory: Path) -> "_Clips":
-        found: _Clips = {}
-        for task, generated in zip(tasks, latents, strict=True):
-            if not task.counted:
-                continue
-            for row, (index, reference) in enumerate(zip(task.indices, task.references, strict=True)):
-                video, audio = (x[row] if x is not None else None for x in (generated.video, generated.audio))
-                film = self.codecs.decode(video, audio, reference.fps)
-                found[index] = self._clip(index, reference, film, directory)
-        return found
+    def _finish(self, takes: Sequence[_Take], generated: Generated, unfinished: Unfinished) -> dict[int, Done]:
+        """Decode, measure and keep what was sampled together."""
+        done = {}
+        with at_work(self.world.device, *(self.codecs.movable if takes else ())):
+            for row, take in enumerate(takes):
+                video, audio = (x[row].cpu() if x is not None else None for x in (generated.video, generated.audio))
+                done[take.number] = self._clip(take, video, audio, unfinished)
+                unfinished.keep(take.number, done[take.number])
+        return done
 
-    def _seed(self, index: int) -> int:
-        return self.config.seed + self.indices.index(index)
+    def _clip(self, take: _Take, video: Tensor | None, audio: Tensor | None, unfinished: Unfinished) -> Done:
+        """A sample's entry in samples.json, its rows of the metrics, its strip; writes media if it is shown.
 
-    def _clip(self, index: int, reference: Sample, film: Film, directory: Path) -> tuple[dict[str, Any], Pixels | None]:
-        """The clip's entry in samples.json, and its strip for the contact sheet. Writes media if it is shown."""
-        place = self.indices.index(index)
-        real = self.codecs.decode(reference.video, reference.audio, reference.fps)
-        entry: dict[str, Any] = {"key": reference.key, "caption": reference.caption, "seed": self._seed(index)}
-        for name, one in (("sampled", film), ("real", real)):
-            entry[name] = events(one) | {"seconds": one.seconds}
-            if place < self.config.shown:
-                entry[name] |= write_film(one, directory, f"{place:03d}-{name}")
-        return entry, strip(film.video) if film.video is not None else None
+        The real clip stands beside the sample of the first seed.
+        """
+        reference = take.reference
+        _check_finite(reference.key, video, audio)
+        sides = {"sampled": (video, audio)}
+        if take.number == take.clip:
+            sides["real"] = (reference.video, reference.audio)
+        entry: dict[str, Any] = {"key": reference.key, "caption": reference.caption, "seed": take.request.seed}
+        rows: dict[str, Measured] = {}
+        for name, latents in sides.items():
+            film = self.codecs.decode(*latents, reference.fps)
+            entry[name] = events(film) | {"seconds": film.seconds}
+            rows[name] = measure(self.metrics, Clip(film, *latents))
+            if take.number < self.config.shown:
+                entry[name] |= write_film(film, unfinished.place, f"{take.number:03d}-{name}")
+            if name == "sampled":
+                picture = strip(film.video) if film.video is not None else None
+        return Done(clip=take.clip, entry=entry, rows=rows, strip=picture)
+
+    def _summary(self, done: Sequence[Done], step: int, weights: str) -> dict[str, Any]:
+        """What samples.json holds, but for the sheet."""
+        sampled, real = ([one.rows[name] for one in done if name in one.rows] for name in ("sampled", "real"))
+        clips, entries = [one.clip for one in done], [one.entry for one in done]
+        return {
+            "step": step,
+            "weights": weights,
+            "profile": self.sampling.profile.name,
+            "count": len(done),
+            "clips": entries,
+            "sync": sync_figures(entries, self.config.tolerance, clips),
+            "metrics": figures(self.metrics, sampled, real, clips),
+            "sheet": None,
+        }
+
+    def _write(self, summary: dict[str, Any], done: Mapping[int, Done], unfinished: Unfinished) -> None:
+        summary["sheet"] = _write_sheet(unfinished.place, [done[number].strip for number in sorted(done)])
+        unfinished.close("samples.json", summary)
+
+
+def _check_finite(key: str, video: Tensor | None, audio: Tensor | None) -> None:
+    for name, latents in (("video", video), ("audio", audio)):
+        if latents is not None and not latents.isfinite().all():
+            raise DataError(
+                f"{key}: the sampled {name} latents are not finite. Look at the held-out loss of these weights, and "
+                "evaluate an earlier checkpoint"
+            )
 
 
 def _talking_clips(dataset: LatentDataset) -> list[int]:
@@ -237,11 +306,19 @@ def samples_evaluator(
     """For the trainer: samples into `evals/samples-STEP/` and gives the event's figures."""
 
     def evaluate(model: Callable[..., Any], step: int) -> dict[str, Any]:
-        summary = samples.run(model, samples_directory(directory, step), step=step, weights=weights)
-        sync = (summary["sync"] or {}).get("sampled", {})
-        return {"weights": weights, "count": summary["count"], "onset_f1": sync.get("f1"), "chance": sync.get("chance")}
+        place = samples_directory(directory, step)
+        return event_figures(samples.run(model, place, step=step, weights=weights), place)
 
     return evaluate
+
+
+def event_figures(summary: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """What an event tells of the samples.json in `place`."""
+    sync = (summary["sync"] or {}).get("sampled", {})
+    values = {name: figure["sampled"]["value"] for name, figure in summary["metrics"].items()}
+    onsets = {"onset_f1": sync.get("f1"), "chance": sync.get("chance")}
+    told = {"weights": summary["weights"], "count": summary["count"], "directory": str(place)}
+    return {**told, **onsets, "metrics": values}
 
 
 # -- sound and picture -------------------------------------------------------------------------------------------------
@@ -250,31 +327,42 @@ def samples_evaluator(
 def events(film: Film) -> dict[str, list[float]]:
     """Times (s) of impacts seen and onsets heard; only what the film has."""
     found = {}
-    if film.video is not None and film.video.shape[1] > 1:
-        found["impacts"] = [round(t, 4) for t in impacts(film.video, film.fps)]
+    if film.moves:
+        found["impacts"] = [round(t, 4) for t in film.impacts]
     if film.waveform is not None:
-        found["onsets"] = [round(t, 4) for t in waveform_onsets(film.waveform, film.sample_rate)]
+        found["onsets"] = [round(t, 4) for t in film.onsets]
     return found
 
 
-def sync_figures(clips: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
-    """Onset F1, chance, counts and a bootstrap interval, of the sampled and of the real clips; None without sound."""
-    figures = {name: _figures([clip[name] for clip in clips]) for name in ("sampled", "real")}
-    return figures if all(figures.values()) else None  # type: ignore[return-value]
+def sync_figures(
+    entries: Sequence[dict[str, Any]], tolerance: float, clips: Sequence[int]
+) -> dict[str, dict[str, Any]] | None:
+    """Onset F1, chance, counts and a bootstrap interval, of the sampled and of the real clips; None without sound.
+
+    `entries` as in samples.json; `clips`: which clip each is a sample of.
+    """
+    found = {}
+    for name in ("sampled", "real"):
+        sides = [(entry[name], clip) for entry, clip in zip(entries, clips, strict=True) if name in entry]
+        found[name] = _sync_of([side for side, _ in sides], tolerance, [clip for _, clip in sides])
+    return found if all(found.values()) else None  # type: ignore[return-value]
 
 
-def _figures(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    pairs = [(side["impacts"], side["onsets"]) for side in sides if "impacts" in side and "onsets" in side]
-    if not pairs:
+def _sync_of(sides: Sequence[dict[str, Any]], tolerance: float, clips: Sequence[int]) -> dict[str, Any] | None:
+    whole = [i for i, side in enumerate(sides) if "impacts" in side and "onsets" in side]
+    if not whole:
         return None
-    result = compare([seen for seen, _ in pairs], [heard for _, heard in pairs])
-    low, high = _bootstrap(pairs)
+    seen, heard = ([sides[i][name] for i in whole] for name in ("impacts", "onsets"))
+    numbers = [clips[i] for i in whole]
+    result = compare(seen, heard, tolerance, numbers)
+    counts = np.array([match_counts(a, b, tolerance) for a, b in zip(seen, heard, strict=True)])
+    interval = bootstrap(lambda drawn: share_of(counts, drawn), numbers)
     return {
         "clips": result.num_clips,
         "tolerance_ms": 1000 * result.tolerance,
         "f1": result.f1,
-        "low": low,
-        "high": high,
+        "low": interval.low,
+        "high": interval.high,
         "chance": result.chance,
         "impacts": result.num_impacts,
         "onsets": result.num_onsets,
@@ -286,15 +374,6 @@ def _figures(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else 1000 * seconds
-
-
-def _bootstrap(pairs: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
-    """95 % interval of the F1, by drawing the clips anew. Each clip brings its matches and its events."""
-    counts = np.array([(2 * len(match(a, b, TOLERANCE)), len(a) + len(b)) for a, b in pairs], dtype=np.float64)
-    draws = np.random.default_rng(0).integers(len(counts), size=(RESAMPLINGS, len(counts)))
-    matched, total = counts[draws].sum(axis=1).T
-    low, high = np.quantile(np.divide(matched, total, out=np.zeros_like(matched), where=total > 0), (0.025, 0.975))
-    return float(low), float(high)
 
 
 # -- pictures and files ------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Are sound and picture in step? Impacts seen, onsets heard, matched one to one, and what chance would give.
 
-Made for clips in which one bright or coloured thing falls and bounces before a still background.
+Impacts are for clips in which one bright or coloured thing falls and bounces before a still background. For any footage
+the energy of motion stands beside the strength of onsets: their correlation, its lag, and their peaks.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,6 +27,12 @@ MIN_RISE = 0.15  # nats, mean over the bins
 RELATIVE_RISE = 0.3  # of the clip's largest
 ONSET_DISTANCE = 12  # mel frames
 ONSET_DELAY = 0.007  # s; a window of 64 ms sees a click before its centre reaches it (measured on clips of known times)
+
+STILL = 1e-6  # a curve that varies less carries nothing
+SMOOTHING = 0.03  # s, standard deviation: about a frame, so that curves of 24 and of 100 values a second can meet
+LONGEST_LAG = 1.0  # s, and no more than half of the clip
+PEAK_PROMINENCE = 0.3  # of the curve's range: smaller peaks of motion are not counted
+PEAK_DISTANCE = 0.1  # s
 
 TOLERANCE = 0.08  # s
 CHANCE_SHIFTS = 20
@@ -91,18 +99,100 @@ def onsets(mel: Tensor, front: LogMel | None = None) -> list[float]:
     from scipy.signal import find_peaks
 
     front = front or LogMel(floor=MEL_FLOOR)
-    values = mel.detach().double().cpu().clamp(min=float(np.log(MEL_FLOOR))).amax(dim=0)
-    if len(values) <= RISE_FRAMES:
+    rise = _rise(mel)
+    if not len(rise):
         return []
-    rise = np.zeros(len(values))
-    rise[RISE_FRAMES:] = (values[RISE_FRAMES:] - values[:-RISE_FRAMES]).clamp(min=0).mean(dim=1).numpy()
     peaks, _ = find_peaks(rise, height=max(MIN_RISE, RELATIVE_RISE * rise.max()), distance=ONSET_DISTANCE)
     return [peak * front.hop / front.sample_rate + ONSET_DELAY for peak in peaks]
+
+
+def _rise(mel: Tensor) -> NDArray[np.float64]:
+    """(T,) how much each frame of (2, T, M) lies above the one two before, mean over the bins; empty if too short."""
+    values = mel.detach().double().cpu().clamp(min=float(np.log(MEL_FLOOR))).amax(dim=0)
+    if len(values) <= RISE_FRAMES:
+        return np.empty(0)
+    rise = np.zeros(len(values))
+    rise[RISE_FRAMES:] = (values[RISE_FRAMES:] - values[:-RISE_FRAMES]).clamp(min=0).mean(dim=1).numpy()
+    return rise
 
 
 def waveform_onsets(waveform: Tensor, sample_rate: int) -> list[float]:
     """Times (s) at which sound sets in, from a waveform (2, N)."""
     return onsets(LogMel(floor=MEL_FLOOR)(waveform, sample_rate))
+
+
+# -- any footage -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Motion and sound of a clip on one time axis (T,), each of mean 0 and variance 1, `step` s apart."""
+
+    motion: NDArray[np.float64]
+    sound: NDArray[np.float64]
+    step: float
+
+
+def motion_energy(video: Tensor) -> Tensor:
+    """(F - 1,) mean absolute difference of successive frames of (3, F, H, W) in [-1, 1], as a share of that range."""
+    pixels = video.detach().float().cpu()
+    return torch.stack([(b - a).abs().mean() / 2 for a, b in pairwise(pixels.unbind(1))]).double()
+
+
+def onset_strength(waveform: Tensor, sample_rate: int) -> Tensor:
+    """(T,) nats: the rise of the log-mel spectrum of (2, N), one value per hop of 10 ms; empty if it is too short."""
+    return torch.from_numpy(_rise(LogMel(floor=MEL_FLOOR)(waveform, sample_rate)))
+
+
+def curves(energy: Tensor, strength: Tensor, fps: float) -> Curves | None:
+    """`motion_energy` and `onset_strength` smoothed and standardised; None where one of them stands still.
+
+    A change between two frames is seen when the second appears.
+    """
+    from scipy.ndimage import gaussian_filter1d
+
+    front = LogMel()
+    step = front.hop / front.sample_rate
+    times = np.arange(len(strength)) * step + ONSET_DELAY
+    seen = np.interp(times, (np.arange(len(energy)) + 1) / fps, energy.numpy()) if len(energy) else np.zeros(len(times))
+    both = [gaussian_filter1d(curve, SMOOTHING / step) for curve in (seen, strength.numpy())] if len(times) else []
+    if not both or any(curve.std() < STILL for curve in both):
+        return None
+    motion, sound = ((curve - curve.mean()) / curve.std() for curve in both)
+    return Curves(motion, sound, step)
+
+
+def correlation(both: Curves) -> float:
+    """Correlation of motion and sound at lag 0, in [-1, 1]."""
+    return float(np.mean(both.motion * both.sound))
+
+
+def lag(both: Curves) -> float:
+    """How much later (s) sound must be taken for motion and sound to agree best: > 0 where the sound comes late.
+
+    The place of the largest cross-correlation, each divided by the whole length, so that short overlaps do not win.
+    """
+    num = len(both.motion)
+    reach = min(round(LONGEST_LAG / both.step), num // 2)
+    padded = np.pad(both.sound, reach)
+    agreement = [both.motion @ padded[reach + k : reach + k + num] for k in range(-reach, reach + 1)]
+    return (int(np.argmax(agreement)) - reach) * both.step
+
+
+def motion_peaks(energy: Tensor, fps: float) -> list[float]:
+    """Times (s) at which motion is greatest: peaks of `motion_energy` that stand out of its range."""
+    from scipy.signal import find_peaks
+
+    values = np.pad(energy.numpy(), 1) if len(energy) else np.zeros(1)  # a peak may lie at an end
+    spread = float(np.ptp(values[1:-1])) if len(energy) else 0.0
+    if spread < STILL:
+        return []
+    distance = max(1, round(PEAK_DISTANCE * fps))
+    peaks, _ = find_peaks(values, prominence=PEAK_PROMINENCE * spread, distance=distance)
+    return [int(peak) / fps for peak in peaks]
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------------
 
 
 def match(first: Sequence[float], second: Sequence[float], tolerance: float) -> list[float]:
@@ -136,18 +226,31 @@ def chance_f1(
     heard: Sequence[Sequence[float]],
     tolerance: float = TOLERANCE,
     shifts: int = CHANCE_SHIFTS,
+    clips: Sequence[int] | None = None,
 ) -> float | None:
-    """Mean F1 with the sound of another clip: the list of sounds rotated by 1, 2, ... clips. None for a single clip."""
-    usable = range(1, min(shifts, len(heard) - 1) + 1)
-    if not usable:
-        return None
-    return float(np.mean([f1_score(seen, [*heard[k:], *heard[:k]], tolerance) for k in usable]))
+    """Mean F1 with the sound of another clip: the list of sounds rotated by 1, 2, ... clips. None for a single clip.
+
+    `clips`: which clip each is a sample of; two samples of one clip are never put together.
+    """
+    clips = range(len(seen)) if clips is None else clips
+    scores = []
+    for k in range(1, min(shifts, len(heard) - 1) + 1):
+        pairs = [(i, (i + k) % len(heard)) for i in range(len(seen)) if clips[i] != clips[(i + k) % len(heard)]]
+        if pairs:
+            scores.append(f1_score([seen[i] for i, _ in pairs], [heard[j] for _, j in pairs], tolerance))
+    return float(np.mean(scores)) if scores else None
 
 
 def compare(
-    seen: Sequence[Sequence[float]], heard: Sequence[Sequence[float]], tolerance: float = TOLERANCE
+    seen: Sequence[Sequence[float]],
+    heard: Sequence[Sequence[float]],
+    tolerance: float = TOLERANCE,
+    clips: Sequence[int] | None = None,
 ) -> SyncResult:
-    """Agreement of impact and onset times (s), one list per clip each. Raises `DataError` for unequal numbers."""
+    """Agreement of impact and onset times (s), one list per clip each. Raises `DataError` for unequal numbers.
+
+    `clips`: as in `chance_f1`.
+    """
     if len(seen) != len(heard):
         raise DataError(f"{len(seen)} clips seen and {len(heard)} heard; need the same clips in the same order")
     differences = [d for a, b in zip(seen, heard, strict=True) for d in match(a, b, tolerance)]
@@ -159,7 +262,7 @@ def compare(
         num_onsets=num_heard,
         num_matched=len(differences),
         f1=_f1(len(differences), num_seen, num_heard),
-        chance=chance_f1(seen, heard, tolerance),
+        chance=chance_f1(seen, heard, tolerance, clips=clips),
         mean_error=float(np.mean(np.abs(differences))) if differences else None,
         offset=float(np.median(differences)) if differences else None,
     )

@@ -25,6 +25,20 @@ X264 = {
     "x264-params": "mbtree=0"
 }  # with the macroblock tree, x264 now and then gives other bytes for the same frames (tried)
 AAC = {"aac_coder": "fast"}  # on clicks it is faster and, measured, a thousand times closer than the default search
+AAC_RATES = (
+    48000,
+    44100,
+    32000,
+    24000,
+    22050,
+    16000,
+    12000,
+    11025,
+    8000,
+    64000,
+    88200,
+    96000,
+)  # Hz, as it can be written
 PARTIAL = ".partial"  # suffix of files that are being written
 
 

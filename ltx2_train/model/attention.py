@@ -16,7 +16,10 @@ class Skip(Enum):
     ALL = "all"
 
 
-Keep = Tensor | Skip | None  # (B, 1, 1) of 0 / 1 per sample, the whole batch skipped, or nothing perturbed
+# Per sample (B, 1, 1) of 0 / 1; the samples that are not perturbed, where nothing is computed for the others; the whole
+# batch skipped; or nothing perturbed.
+Keep = Tensor | slice | Skip | None
+KeysValues = tuple[Tensor, Tensor]  # (B, S, N, K) each
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -62,26 +65,41 @@ class Attention(nn.Module):
         context_rope: Rope | None = None,
         bias: Tensor | None = None,
         keep: Keep = None,
+        keys_values: KeysValues | None = None,
     ) -> Tensor:
         """Attend from x (B, T, query_dim) to the context, or to itself.
 
         `rope`, `context_rope`: rotations of queries and keys. `bias`: additive, broadcastable to (B, N, T, S).
         `keep`: where it is 0 the value projection passes through unattended (spatio-temporal guidance,
-        arXiv:2411.18664); gates and output projection still apply.
+        arXiv:2411.18664); gates and output projection still apply. `keys_values`: those of a context, made before.
         """
-        source = x if context is None else context
-        value = self.to_v(source).unflatten(-1, (self.heads, -1))
-        if keep is Skip.ALL:
-            out = value
+        if keys_values is not None:
+            out = self.attend(self._query(x, rope), *keys_values, bias)
         else:
-            out = self._attend(x, source, value, rope, context_rope, bias)
-            if isinstance(keep, Tensor):
-                out = torch.lerp(value, out, keep[..., None].to(out.dtype))
+            out = self._attend(x, x if context is None else context, rope, context_rope, bias, keep)
         if self.to_gate_logits is not None:
             out = out * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
         return self.to_out[0](out.flatten(-2))
 
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of a context (B, S, context_dim) without positions."""
+        return self._key(context, None), self._value(context)
+
     def _attend(
+        self, x: Tensor, source: Tensor, rope: Rope | None, context_rope: Rope | None, bias: Tensor | None, keep: Keep
+    ) -> Tensor:
+        value = self._value(source)
+        if keep is Skip.ALL:
+            return value
+        if isinstance(keep, slice):
+            rope, context_rope = (None if r is None else r.of(keep) for r in (rope, context_rope))
+            bias = bias if bias is None or len(bias) == 1 else bias[keep]
+            attended = self._attended(x[keep], source[keep], value[keep], rope, context_rope, bias)
+            return torch.cat([value[: keep.start], attended, value[keep.stop :]])
+        out = self._attended(x, source, value, rope, context_rope, bias)
+        return torch.lerp(value, out, keep[..., None].to(out.dtype)) if isinstance(keep, Tensor) else out
+
+    def _attended(
         self,
         x: Tensor,
         source: Tensor,
@@ -90,9 +108,16 @@ class Attention(nn.Module):
         context_rope: Rope | None,
         bias: Tensor | None,
     ) -> Tensor:
-        query = norm_rotate(self.to_q(x), self.q_norm.weight, rope, self.heads, self.eps)
-        key = norm_rotate(self.to_k(source), self.k_norm.weight, context_rope, self.heads, self.eps)
-        return self.attend(query, key, value, bias)
+        return self.attend(self._query(x, rope), self._key(source, context_rope), value, bias)
+
+    def _query(self, x: Tensor, rope: Rope | None) -> Tensor:
+        return norm_rotate(self.to_q(x), self.q_norm.weight, rope, self.heads, self.eps)
+
+    def _key(self, source: Tensor, rope: Rope | None) -> Tensor:
+        return norm_rotate(self.to_k(source), self.k_norm.weight, rope, self.heads, self.eps)
+
+    def _value(self, source: Tensor) -> Tensor:
+        return self.to_v(source).unflatten(-1, (self.heads, -1))
 
 
 class Up(nn.Module):

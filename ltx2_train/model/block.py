@@ -3,15 +3,25 @@
 Source: LTX-2 (arXiv:2601.03233) section 3.1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ltx2_train.model.attention import Attention, FeedForward, Keep, Skip
+from ltx2_train.model.attention import Attention, FeedForward, Keep, KeysValues, Skip
 from ltx2_train.model.config import TransformerConfig
 from ltx2_train.model.fused import Runs, gated_add, rms_modulate
+from ltx2_train.model.modality import SharedContext
 from ltx2_train.model.rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The text of some samples, as the blocks take it. `shared`: where its keys and values are kept, if they can be."""
+
+    rows: Tensor  # (B, L, D)
+    modulation: Tensor | None  # (B, 1, 2, D), from sigma
+    shared: SharedContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +29,28 @@ class StreamInputs:
     """What all blocks share for one stream. Modulations are (B, K, rows, D) with K rows over the tokens (see `runs`)."""
 
     modulation: Tensor  # main AdaLN, 6 or 9 rows
-    prompt_modulation: Tensor | None  # (B, 1, 2, D)
     exchange_modulation: Tensor | None  # audio-video scale and shift, 4 rows, from the stream's own timesteps
     exchange_gate: Tensor | None  # (B, 1, 1, D), from the other stream's sigma
     runs: Runs | None
-    context: Tensor  # (B, L, D)
+    contexts: tuple[Context, ...]
+    context_of: tuple[int, ...]  # which of the contexts each group of the batch has
     context_bias: Tensor | None
     attention_bias: Tensor | None
     rope: Rope
     exchange_rope: Rope | None
     enabled: bool
+
+    def exchanging(self, samples: slice) -> "StreamInputs":
+        """What the exchange takes, of some samples of the batch."""
+        assert self.exchange_modulation is not None
+        assert self.exchange_gate is not None
+        assert self.exchange_rope is not None
+        return replace(
+            self,
+            exchange_modulation=self.exchange_modulation[samples],
+            exchange_gate=self.exchange_gate[samples],
+            exchange_rope=self.exchange_rope.of(samples),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,44 +142,68 @@ class TransformerBlock(nn.Module):
         )
         x = gated_add(x, h, rows[2], runs)
         attend_text = getattr(self, prefix + "attn2")
+        text = {"keys_values": self._text(prefix, inputs), "bias": inputs.context_bias}
         if not self.text_modulated:
-            return x + attend_text(
-                nn.functional.rms_norm(x, x.shape[-1:], eps=eps), inputs.context, bias=inputs.context_bias
-            )
-        h = rms_modulate(x, rows[7], rows[6], runs, eps)
-        h = attend_text(h, self._modulated_context(prefix, inputs), bias=inputs.context_bias)
-        return gated_add(x, h, rows[8], runs)
+            return x + attend_text(nn.functional.rms_norm(x, x.shape[-1:], eps=eps), **text)
+        return gated_add(x, attend_text(rms_modulate(x, rows[7], rows[6], runs, eps), **text), rows[8], runs)
 
-    def _modulated_context(self, prefix: str, inputs: StreamInputs) -> Tensor:
-        table = getattr(self, prefix + "prompt_scale_shift_table").to(inputs.context.dtype)
+    def _text(self, prefix: str, inputs: StreamInputs) -> KeysValues:
+        """Keys and values of the text of the whole batch; those of a context are made once."""
+        made = [self._keys_values(prefix, context) for context in inputs.contexts]
+        if len(inputs.context_of) == 1:
+            return made[0]
+        keys, values = (torch.cat(parts) for parts in zip(*(made[i] for i in inputs.context_of), strict=True))
+        return keys, values
+
+    def _keys_values(self, prefix: str, context: Context) -> KeysValues:
+        attention = getattr(self, prefix + "attn2")
+
+        def make() -> KeysValues:
+            return attention.keys_values(self._modulated(prefix, context) if self.text_modulated else context.rows)
+
+        return make() if context.shared is None else context.shared.once(attention, make)
+
+    def _modulated(self, prefix: str, context: Context) -> Tensor:
+        table = getattr(self, prefix + "prompt_scale_shift_table").to(context.rows.dtype)
         shift, scale = table[None, :, None].unbind(1)
-        if inputs.prompt_modulation is not None:
-            shift, scale = shift + inputs.prompt_modulation[:, :, 0], scale + inputs.prompt_modulation[:, :, 1]
-        return torch.addcmul(shift, inputs.context, 1 + scale)
+        if context.modulation is not None:
+            shift, scale = shift + context.modulation[:, :, 0], scale + context.modulation[:, :, 1]
+        return torch.addcmul(shift, context.rows, 1 + scale)
 
     def _exchange(
         self, video: Tensor, audio: Tensor, video_inputs: StreamInputs, audio_inputs: StreamInputs, keeps: BlockKeeps
     ) -> tuple[Tensor, Tensor]:
-        """Audio to video and video to audio; both read the states from before either is applied.
+        """Audio to video and video to audio; both read the states from before either is applied."""
+        new_video, new_audio = video, audio
+        if video_inputs.enabled and keeps.a2v is not Skip.ALL:
+            new_video = self._take("", video, audio, video_inputs, audio_inputs, keeps.a2v)
+        if audio_inputs.enabled and keeps.v2a is not Skip.ALL:
+            new_audio = self._take("audio_", audio, video, audio_inputs, video_inputs, keeps.v2a)
+        return new_video, new_audio
+
+    def _take(
+        self, prefix: str, x: Tensor, other: Tensor, inputs: StreamInputs, other_inputs: StreamInputs, keep: Keep
+    ) -> Tensor:
+        """x with what its stream takes from the other one.
 
         Exchange rows are (scale, shift) for a2v, (scale, shift) for v2a, gate: the other way round than the main rows.
         """
-        video_rows = _Rows(self.scale_shift_table_a2v_ca_video, video_inputs.exchange_modulation)
-        audio_rows = _Rows(self.scale_shift_table_a2v_ca_audio, audio_inputs.exchange_modulation)
-        new_video, new_audio = video, audio
-        if video_inputs.enabled and keeps.a2v is not Skip.ALL:
-            query = rms_modulate(video, video_rows[0], video_rows[1], video_inputs.runs, self.eps)
-            context = rms_modulate(audio, audio_rows[0], audio_rows[1], audio_inputs.runs, self.eps)
-            ropes = {"rope": video_inputs.exchange_rope, "context_rope": audio_inputs.exchange_rope}
-            gate = _gate(self.scale_shift_table_a2v_ca_video[4], video_inputs.exchange_gate, keeps.a2v)
-            new_video = gated_add(video, self.audio_to_video_attn(query, context, **ropes), gate, None)
-        if audio_inputs.enabled and keeps.v2a is not Skip.ALL:
-            query = rms_modulate(audio, audio_rows[2], audio_rows[3], audio_inputs.runs, self.eps)
-            context = rms_modulate(video, video_rows[2], video_rows[3], video_inputs.runs, self.eps)
-            ropes = {"rope": audio_inputs.exchange_rope, "context_rope": video_inputs.exchange_rope}
-            gate = _gate(self.scale_shift_table_a2v_ca_audio[4], audio_inputs.exchange_gate, keeps.v2a)
-            new_audio = gated_add(audio, self.video_to_audio_attn(query, context, **ropes), gate, None)
-        return new_video, new_audio
+        if isinstance(keep, slice):
+            kept, other_kept = inputs.exchanging(keep), other_inputs.exchanging(keep)
+            taken = self._take(prefix, x[keep], other[keep], kept, other_kept, None)
+            return torch.cat([x[: keep.start], taken, x[keep.stop :]])
+        tables = [self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio]
+        table, other_table = reversed(tables) if prefix else tables
+        scale, shift = (2, 3) if prefix else (0, 1)
+        rows, other_rows = (
+            _Rows(table, inputs.exchange_modulation),
+            _Rows(other_table, other_inputs.exchange_modulation),
+        )
+        query = rms_modulate(x, rows[scale], rows[shift], inputs.runs, self.eps)
+        context = rms_modulate(other, other_rows[scale], other_rows[shift], other_inputs.runs, self.eps)
+        attention = self.video_to_audio_attn if prefix else self.audio_to_video_attn
+        attended = attention(query, context, rope=inputs.exchange_rope, context_rope=other_inputs.exchange_rope)
+        return gated_add(x, attended, _gate(table[4], inputs.exchange_gate, keep), None)
 
     def _feed_forward(self, prefix: str, x: Tensor, inputs: StreamInputs) -> Tensor:
         rows = _Rows(getattr(self, prefix + "scale_shift_table"), inputs.modulation)

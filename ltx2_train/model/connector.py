@@ -5,6 +5,7 @@ is needed behind the connector. Source: LTX-2 (arXiv:2601.03233) section 3.3.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ltx2_train.errors import ConfigError
 from ltx2_train.model.attention import Attention, FeedForward
 from ltx2_train.model.config import TransformerConfig
-from ltx2_train.model.modality import Modality, Perturbations, Velocity
+from ltx2_train.model.modality import Modality, Perturbations, SharedContext, Stream, Velocity
 from ltx2_train.model.rope import Rope, RopeCache, RopeSpec
 from ltx2_train.model.transformer import Transformer
 
@@ -147,8 +148,14 @@ class TextConditioned(nn.Module):
     ) -> Velocity:
         """As `Transformer.forward`; each `context` is (B, L, W) text features with `context_mask` (B, L), 1 = valid.
 
-        Without connectors each `context` is (B, S, W), S = `text_tokens`, all rows of it valid.
+        Without connectors each `context` is (B, S, W), S = `text_tokens`, all rows of it valid. What the connectors make of
+        shared contexts is kept with them. The streams share theirs both, or neither.
         """
+        streams = ((Stream.video, video), (Stream.audio, audio))
+        if any(m is not None and not isinstance(m.context, Tensor) for _, m in streams):
+            return self.transformer(
+                *(None if m is None else self._with_shared(m, s) for s, m in streams), perturbations
+            )
         if self.connectors is None:
             given = [None if m is None else self._stored_context(m) for m in (video, audio)]
             return self.transformer(*given, perturbations)
@@ -159,12 +166,36 @@ class TextConditioned(nn.Module):
 
     def _stored_context(self, modality: Modality) -> Modality:
         """The modality with its context as it is: behind the connectors every row is valid."""
-        if modality.context.shape[1] != self.text_tokens:
+        assert isinstance(modality.context, Tensor)
+        return replace(modality, context=self._checked(modality.context), context_mask=None)
+
+    def _checked(self, context: Tensor) -> Tensor:
+        if context.shape[1] != self.text_tokens:
             raise ConfigError(
                 f"the model has no connectors and needs contexts of {self.text_tokens} rows; it was given "
-                f"{modality.context.shape[1]} rows. Build it with connectors, or encode with --text-cache context"
+                f"{context.shape[1]} rows. Build it with connectors, or encode with --text-cache context"
             )
-        return replace(modality, context_mask=None)
+        return context
+
+    def _with_shared(self, modality: Modality, stream: Stream) -> Modality:
+        """The modality with its shared contexts behind the connectors."""
+        assert isinstance(modality.context, tuple)
+        distinct = dict.fromkeys(modality.context)
+        made = {shared: shared.once(self, partial(self._behind, shared, stream)) for shared in distinct}
+        return replace(modality, context=tuple(made[shared] for shared in modality.context))
+
+    def _behind(self, shared: SharedContext, stream: Stream) -> SharedContext:
+        """The shared context that the transformer takes."""
+        if self.connectors is None:
+            return SharedContext(self._checked(shared.features))
+        is_video = stream is Stream.video
+        features = (shared.features, None) if is_video else (None, shared.features)
+        trained = any(p.requires_grad for p in self.connectors.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            contexts = self.connectors(*features, shared.mask, self.text_tokens)
+        context = contexts[0 if is_video else 1]
+        assert context is not None
+        return SharedContext(context)
 
 
 def _contexts(
@@ -172,7 +203,9 @@ def _contexts(
 ) -> tuple[Tensor | None, Tensor | None]:
     given = video if video is not None else audio
     assert given is not None, "the model needs at least one stream"
-    video_text, audio_text = (None if m is None else m.context for m in (video, audio))
+    video_text, audio_text = (
+        None if m is None or not isinstance(m.context, Tensor) else m.context for m in (video, audio)
+    )
     return connectors(video_text, audio_text, given.context_mask, size)
 
 

@@ -36,6 +36,10 @@ class Rope:
     sin: Tensor
     interleaved: bool
 
+    def of(self, samples: slice) -> "Rope":
+        """The tables of some samples of the batch."""
+        return self if len(self.cos) == 1 else Rope(self.cos[samples], self.sin[samples], self.interleaved)
+
 
 @lru_cache(maxsize=64)
 def frequency_ladder(spec: RopeSpec, device: torch.device) -> Tensor:

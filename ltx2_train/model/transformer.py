@@ -4,7 +4,7 @@ Parameter names are those of the published checkpoints, without their prefix.
 Source: LTX-2 (arXiv:2601.03233).
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltx2_train.errors import ConfigError
 from ltx2_train.model.adaln import AdaLayerNormSingle
 from ltx2_train.model.attention import Keep, Skip, self_attention_bias, text_bias
-from ltx2_train.model.block import BlockKeeps, StreamInputs, TransformerBlock
+from ltx2_train.model.block import BlockKeeps, Context, StreamInputs, TransformerBlock
 from ltx2_train.model.config import TransformerConfig
 from ltx2_train.model.fused import Runs
 from ltx2_train.model.modality import (
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
 
         `perturbations`: per batch element a list of (kind, blocks or None for all). While gradients are recorded no
         operation is left out because of them (masks multiply instead), so that all ranks of a sharded model run the same
-        modules; without gradients what a whole batch skips is not computed.
+        modules; without gradients what samples skip is not computed for them.
         """
         reference = video if video is not None else audio
         assert reference is not None, "the transformer needs at least one stream"
@@ -118,15 +118,16 @@ class Transformer(nn.Module):
         prompt_modulation = None
         if self.config.has_prompt_adaln:
             prompt_modulation, _ = getattr(self, prefix + "prompt_adaln_single")(own.sigma[:, None] * scale)
+        contexts, context_of = self._contexts(prefix, own, prompt_modulation, x.dtype)
         exchange_modulation, exchange_gate, exchange_rope = self._exchange(prefix, own, other, timesteps * scale, x)
         inputs = StreamInputs(
             modulation=modulation,
-            prompt_modulation=prompt_modulation,
             exchange_modulation=exchange_modulation,
             exchange_gate=exchange_gate,
             runs=runs,
-            context=self._context(prefix, own, x.dtype),
-            context_bias=text_bias(own.context_mask, x.dtype),
+            contexts=contexts,
+            context_of=context_of,
+            context_bias=_context_bias(own, x.dtype),
             attention_bias=self_attention_bias(own.attention_mask, x.dtype),
             rope=self._ropes.get(own.positions, self._rope_spec(prefix), x.dtype),
             exchange_rope=exchange_rope,
@@ -149,11 +150,30 @@ class Transformer(nn.Module):
             x = x + (own.keyframes_mask > 0).to(x.dtype) * self.keyframes_abs_pos_embedding.to(x.dtype)
         return x
 
-    def _context(self, prefix: str, own: Modality, dtype: torch.dtype) -> Tensor:
-        context = own.context.to(dtype)
-        if self.config.caption_proj_before_connector:
-            return context
-        return getattr(self, prefix + "caption_projection")(context)
+    def _contexts(
+        self, prefix: str, own: Modality, modulation: Tensor | None, dtype: torch.dtype
+    ) -> tuple[tuple[Context, ...], tuple[int, ...]]:
+        """The distinct contexts, and which of them each group of the batch has."""
+        project = None if self.config.caption_proj_before_connector else getattr(self, prefix + "caption_projection")
+
+        def projected(features: Tensor) -> Tensor:
+            return features.to(dtype) if project is None else project(features.to(dtype))
+
+        if isinstance(own.context, Tensor):
+            return (Context(projected(own.context), modulation),), (0,)
+        distinct = list(dict.fromkeys(own.context))
+        context_of = tuple(distinct.index(shared) for shared in own.context)
+        sizes = [len(shared.features) for shared in own.context]
+        modulations = [None] * len(sizes) if modulation is None else modulation.split(sizes)
+        contexts = [
+            Context(
+                rows=shared.once(project, partial(projected, shared.features)),
+                modulation=modulations[context_of.index(i)],
+                shared=shared if modulation is None else None,
+            )
+            for i, shared in enumerate(distinct)
+        ]
+        return tuple(contexts), context_of
 
     def _exchange(self, prefix: str, own: Modality, other: Modality | None, timesteps: Tensor, x: Tensor) -> tuple:
         """Scale and shift follow the stream's own timesteps; the gate follows the other stream's sigma."""
@@ -205,6 +225,14 @@ class Transformer(nn.Module):
         return _block_keeps(frozen, layers, like.device, torch.is_grad_enabled())
 
 
+def _context_bias(own: Modality, dtype: torch.dtype) -> Tensor | None:
+    """Additive bias (B, 1, 1, L) of the text's mask."""
+    if isinstance(own.context, Tensor):
+        return text_bias(own.context_mask, dtype)
+    masks = [shared.mask for shared in own.context if shared.mask is not None]
+    return text_bias(torch.cat(masks), dtype) if masks else None
+
+
 def per_token(rows: Tensor, runs: Runs | None) -> Tensor:
     """(B, K, D) rows spread over their runs; unchanged where they broadcast by themselves."""
     if runs is None:
@@ -214,7 +242,7 @@ def per_token(rows: Tensor, runs: Runs | None) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _block_keeps(perturbations: tuple, layers: int, device: torch.device, always_run: bool) -> list[BlockKeeps]:
-    """Keep masks of every block, cached: the same few perturbations come back every step of a sampler."""
+    """What every block keeps, cached: the same few perturbations come back every step of a sampler."""
     keep = torch.ones(len(KINDS), layers, len(perturbations))
     for sample, items in enumerate(perturbations):
         for kind, blocks in items:
@@ -226,8 +254,14 @@ def _block_keeps(perturbations: tuple, layers: int, device: torch.device, always
     on_device = keep.to(device)[..., None, None]
 
     def of(kind: int, block: int) -> Keep:
-        if bool(keep[kind, block].all()):
+        kept = keep[kind, block].nonzero().flatten().tolist()
+        if len(kept) == len(perturbations):
             return None
-        return Skip.ALL if not always_run and not bool(keep[kind, block].any()) else on_device[kind, block]
+        if always_run:
+            return on_device[kind, block]
+        if not kept:
+            return Skip.ALL
+        together = slice(kept[0], kept[-1] + 1)
+        return together if together.stop - together.start == len(kept) else on_device[kind, block]
 
     return [BlockKeeps(*(of(kind, block) for kind in range(len(KINDS)))) for block in range(layers)]

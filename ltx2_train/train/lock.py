@@ -21,31 +21,39 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 
 @contextmanager
 def lock_run(run_dir: Path, world: World) -> Iterator[None]:
-    """Holds the run directory, made if need be, until the context ends. Called by all ranks; rank 0 holds the lock.
+    """`lock_directory` for a run: another one in its directory is refused."""
+    taken = (
+        f"train.run_dir={run_dir}: another run is using it ({{holder}}). "
+        "Wait for its end or stop it, or name another train.run_dir"
+    )
+    with lock_directory(run_dir, world, taken):
+        yield
 
-    Raises `ConfigError` on all ranks when another run holds it. The kernel lets go of it with the process, however that
-    ends. A directory that nothing was written into is removed again.
+
+@contextmanager
+def lock_directory(directory: Path, world: World, taken: str) -> Iterator[None]:
+    """Holds the directory, made if need be, until the context ends. Called by all ranks; rank 0 holds the lock.
+
+    Raises `ConfigError` on all ranks when another process holds it, saying `taken` with {holder} filled in. The kernel
+    lets go of it with the process, however that ends. A directory that nothing was written into is removed again.
     """
-    held = agreed(world, lambda: _take(Path(run_dir)) if world.is_main else None)
+    held = agreed(world, lambda: _take(Path(directory), taken) if world.is_main else None)
     try:
         yield
     finally:
         if held is not None:
-            _let_go(held, Path(run_dir))
+            _let_go(held, Path(directory))
 
 
-def _take(run_dir: Path) -> IO[str]:
-    path = run_dir / LOCK
+def _take(directory: Path, taken: str) -> IO[str]:
+    path = directory / LOCK
     while True:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
-        if not _lock(file, run_dir):
+        if not _lock(file, directory):
             holder = path.read_text() or "just started"
             file.close()
-            raise ConfigError(
-                f"train.run_dir={run_dir}: another run is using it ({holder}). "
-                "Wait for its end or stop it, or name another train.run_dir"
-            )
+            raise ConfigError(taken.replace("{holder}", holder))
         if _is_still(path, file):
             break
         file.close()  # the run that held it has ended and removed it meanwhile
@@ -55,14 +63,14 @@ def _take(run_dir: Path) -> IO[str]:
     return file
 
 
-def _lock(file: IO[str], run_dir: Path) -> bool:
+def _lock(file: IO[str], directory: Path) -> bool:
     """Whether this process holds the lock. A record lock: flock's would be shared with forked data readers."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _TAKEN:
             return False
-        logger.warning("%s cannot be locked (%s): nothing keeps a second run from using it", run_dir, error)
+        logger.warning("%s cannot be locked (%s): nothing keeps a second one from using it", directory, error)
     return True
 
 
@@ -74,8 +82,8 @@ def _is_still(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def _let_go(file: IO[str], run_dir: Path) -> None:
+def _let_go(file: IO[str], directory: Path) -> None:
     with file:
-        (run_dir / LOCK).unlink(missing_ok=True)
+        (directory / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # not empty: the rule
-            run_dir.rmdir()
+            directory.rmdir()

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples.json"
+TRAINED_STEP = "trained_step"  # axis of the figures of evaluations beside a run
 
 
 class WandbMode(StrEnum):
@@ -90,6 +92,21 @@ class Tolerant:
         except Exception:
             self._works = False
             logger.warning("%s %s; the run goes on without it", type(self.sink).__name__, what, exc_info=True)
+
+
+def open_evaluation_sinks(
+    config: SinksConfig, run_dir: Path, path: Path, *, settings: dict[str, Any], is_main: bool = True
+) -> list[Sink]:
+    """For evaluations beside a run: the JSON lines in `path`, and a Weights & Biases run grouped with the run's own.
+
+    Two processes cannot write one run there, so it is another one, with the steps of the trained run as its own axis.
+    """
+    if not is_main:
+        return []
+    sinks: list[Sink] = [JsonlSink(path, step=sys.maxsize)]
+    if config.wandb and config.wandb_mode is not WandbMode.disabled:
+        sinks.append(WandbSink(config, run_dir, settings, beside=True))
+    return sinks
 
 
 class JsonlSink:
@@ -207,16 +224,24 @@ def _short(value: Any) -> str:
 
 
 class WandbSink:
-    """A Weights & Biases run. Its id is kept under run_dir, so that a resumed run goes on with the same curves."""
+    """A Weights & Biases run. Its id is kept under run_dir, so that a resumed run goes on with the same curves.
 
-    def __init__(self, config: SinksConfig, run_dir: Path, settings: dict[str, Any]):
+    Figures of a step stand under their own names, those of an event under the event's; losses by sigma under
+    `loss_by_sigma/MODALITY/LOW-HIGH`. Events that name a directory with samples bring their films and the contact sheet.
+    `beside`: for evaluations outside the run's own process, in a run of their own in one group with it.
+    """
+
+    def __init__(self, config: SinksConfig, run_dir: Path, settings: dict[str, Any], *, beside: bool = False):
         import wandb
 
-        self.step = 0
+        self.step, self.beside = 0, beside
+        run_id, name = _run_id(run_dir), config.wandb_name or run_dir.name
         self.run = wandb.init(
             project=config.wandb_project,
-            name=config.wandb_name or run_dir.name,
-            id=_run_id(run_dir),
+            name=f"{name} evaluations" if beside else name,
+            id=f"{run_id}-evals" if beside else run_id,
+            group=run_id,
+            job_type="evaluation" if beside else "training",
             # Offline, an earlier run cannot be asked for; `wandb sync --append` joins runs of one id.
             resume="allow" if config.wandb_mode is WandbMode.online else None,
             mode=config.wandb_mode.value,
@@ -224,15 +249,47 @@ class WandbSink:
             config=settings,
             settings=wandb.Settings(silent=True),
         )
+        if beside:  # checkpoints may be evaluated in any order, and steps there only grow
+            self.run.define_metric("*", step_metric=TRAINED_STEP)
 
     def log(self, record: dict[str, Any]) -> None:
         prefix = f"{record['event']}/" if "event" in record else ""
-        values = {k: v for k, v in record.items() if k not in ("event", "step")}
+        values = {k: v for k, v in record.items() if k not in ("event", "step", "sigma_bins")}
+        values |= {"loss_by_sigma": named_bins(record["sigma_bins"])} if "sigma_bins" in record else {}
+        named: dict[str, Any] = {prefix + k: v for k, v in numbers(values)}
+        if "event" in record and "directory" in record:
+            named |= {prefix + name: one for name, one in _media(Path(record["directory"])).items()}
+        if self.beside:
+            self.run.log(named | {TRAINED_STEP: record["step"]})
+            return
         self.step = max(self.step, record["step"])  # an event may tell of an earlier step; steps there only grow
-        self.run.log({prefix + k: v for k, v in numbers(values)}, step=self.step)
+        self.run.log(named, step=self.step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def named_bins(bins: dict[str, list[list[float | None]]]) -> dict[str, dict[str, float | None]]:
+    """The mean losses of (count, mean) pairs by modality, under the bounds of their bins of sigma."""
+    return {
+        modality: {f"{i / len(pairs):.1f}-{(i + 1) / len(pairs):.1f}": mean for i, (_, mean) in enumerate(pairs)}
+        for modality, pairs in bins.items()
+    }
+
+
+def _media(directory: Path) -> dict[str, Any]:
+    """Films of the shown clips by their number, and the contact sheet, as samples.json in the directory names them."""
+    import wandb
+
+    found = json.loads((directory / SAMPLES_NAME).read_text())
+    shown = [clip for clip in found["clips"] if clip["sampled"].get("media")]
+    media: dict[str, Any] = {
+        f"film/{i}": wandb.Video(str(directory / clip["sampled"]["media"]), caption=clip["caption"], format="mp4")
+        for i, clip in enumerate(shown)
+    }
+    if found.get("sheet"):
+        media["sheet"] = wandb.Image(str(directory / found["sheet"]))
+    return media
 
 
 def _run_id(run_dir: Path) -> str:

@@ -133,6 +133,8 @@ class Trainer:
     """Those that its backward, which has just run, did again."""
     rolled_back: Rollback | None = None
     """The rollback that this trainer goes on from."""
+    resumed: dict[str, Any] | None = None
+    """What is told of a run that goes on from a checkpoint; None of one that starts."""
     position: Callable[[str], None] = lambda where: None
     """Told where in a step this rank is; told an empty string where it may take any time."""
     rollback: Rollback | None = field(default=None, init=False)
@@ -156,6 +158,8 @@ class Trainer:
                     self._emit({"event": "settings_changed", "settings": differences})
                 if self.rolled_back is not None:
                     self._record_rollback(self.rolled_back)
+                elif self.resumed is not None and not self.finished:
+                    self._emit({"event": "resumed"} | self.resumed)
                 self._run_steps(signals)
                 self._report_saved(self.checkpoints.wait())
             except Exception:  # the other ranks may know nothing of it: nothing is asked of them

@@ -268,6 +268,9 @@ def test_a_run_that_hangs_says_where_and_is_started_again(tmp_path):
     assert "HUNG: no progress for 8 s" in log
     assert "says nothing any more" in log
     assert steps(tmp_path) == list(range(1, 31))
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["after"] for line in told if line.get("event") == "resumed"] == ["a hang"]
+    assert not (tmp_path / "run" / ".hung").exists(), "the note is taken away, so that it is told once"
 
 
 def children(pid: int) -> list[int]:

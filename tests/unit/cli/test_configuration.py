@@ -11,7 +11,9 @@ import yaml
 from ltx2_train.cli import entry
 from ltx2_train.cli.describe import describe, markdown, setting_names, settings
 from ltx2_train.cli.schema import TrainJob, job_from_text, load_job, plain, save_job, to_yaml
+from ltx2_train.cli.train import check_profile
 from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.model.config import named_config
 from ltx2_train.train.optim import Schedule
 from ltx2_train.train.state import COURSE_SETTINGS, FREE_SETTINGS
 from tests.unit.cli.commands import call, composed, message
@@ -48,6 +50,14 @@ def test_every_experiment_composes_and_opens_with_its_contract(path):
     first = path.read_text().splitlines()[:2]
     assert first[0] == "# @package _global_"
     assert len(first[1]) > 20
+
+
+def test_a_profile_of_another_generation_than_the_released_weights_is_refused():
+    job = composed(DATA, "model=ltx2_3_22b", "model.weights=released.safetensors", "evaluation.profile=ltx2_2.0")
+    with pytest.raises(ConfigError, match=r"ltx2_2.0: made for LTX-2.0.*generation 2.3; choose one of ltx2_2.3"):
+        check_profile(job, named_config("ltx2_3_22b"))
+    job.model.weights = None
+    check_profile(job, named_config("ltx2_3_22b"))
 
 
 @pytest.mark.parametrize("name", ["model", "engine", "lora"])

@@ -14,6 +14,14 @@ WIDTH = 6  # of the text features
 CLIP = Bucket(3, 2, 2, 5)
 
 
+def texts_of(x: Modality) -> tuple[Tensor, Tensor | None]:
+    """Features and mask of all samples of the batch, where groups of it share theirs too."""
+    if isinstance(x.context, Tensor):
+        return x.context, x.context_mask
+    masks = [shared.mask for shared in x.context if shared.mask is not None]
+    return torch.cat([shared.features for shared in x.context]), torch.cat(masks) if masks else None
+
+
 class FakeTransformer(nn.Module):
     """Two linear layers per stream; its answer depends on all that it is given, so that nothing can leak unseen."""
 
@@ -35,8 +43,9 @@ class FakeTransformer(nn.Module):
 
     def _stream(self, x: Modality, layer: nn.Linear, text: nn.Linear) -> Tensor:
         timesteps = x.timesteps if x.timestep_index is None else x.timesteps.gather(1, x.timestep_index)
-        rows = text(x.context)
-        valid = torch.ones_like(rows[..., :1]) if x.context_mask is None else x.context_mask[..., None]
+        features, mask = texts_of(x)
+        rows = text(features)
+        valid = torch.ones_like(rows[..., :1]) if mask is None else mask[..., None]
         context = (rows * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
         return layer(x.latent) * (1 - timesteps[..., None]) + context + x.positions.mean(-1).sum(1)[..., None] / 100
 

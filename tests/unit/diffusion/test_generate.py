@@ -7,6 +7,7 @@ from ltx2_train.diffusion.generate import Request, generate
 from ltx2_train.diffusion.guidance import GuidanceConfig
 from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
 from ltx2_train.diffusion.profiles import SamplerProfile, profile
+from ltx2_train.diffusion.sampler import Sampler
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.model.modality import Velocity
 from ltx2_train.model.patchify import patchify_audio, patchify_video
@@ -143,3 +144,51 @@ def test_errors_name_the_field_and_the_bound(make_request, fake_transformer):
         generate(fake_transformer, [make_request(), make_request(frames=9)], SAMPLER)
     with pytest.raises(ConfigError, match="latent sizes none"):
         generate(fake_transformer, [], SAMPLER)
+
+
+NOISY = [replace(SAMPLER, sampler=name) for name in ("euler_ancestral", "res_2s")]
+
+
+@pytest.mark.parametrize("sampler", NOISY, ids=lambda p: p.sampler.value)
+def test_noise_on_the_way_is_a_requests_own(make_request, fake_transformer, sampler):
+    frame, sound = torch.randn(128, 1, 2, 2), torch.randn(8, 18, 16)
+    requests = [make_request(1), make_request(2, first_frame=frame), make_request(3, given_audio=sound)]
+    together = generate(fake_transformer, requests, sampler)
+    for i, request in enumerate(requests):
+        alone = generate(fake_transformer, request, sampler)
+        torch.testing.assert_close(together.video[i], alone.video[0], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(together.audio[i], alone.audio[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(together.video[1, :, :1], frame)
+    torch.testing.assert_close(together.audio[2], sound)
+    other = generate(fake_transformer, replace(requests[0], seed=9), sampler)
+    assert not torch.allclose(other.video[0], together.video[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", list(Sampler))
+def test_what_is_given_comes_back_bit_for_bit_from_every_sampler(make_request, fake_transformer, name):
+    frame, sound, picture = torch.randn(128, 1, 2, 2), torch.randn(8, 18, 16), torch.randn(128, 3, 2, 2)
+    requests = [
+        make_request(1, first_frame=frame),
+        make_request(2, given_audio=sound),
+        make_request(3, given_video=picture),
+    ]
+    out = generate(fake_transformer, requests, replace(SAMPLER, sampler=name))
+    assert torch.equal(out.video[0, :, :1], frame)
+    assert torch.equal(out.audio[1], sound)
+    assert torch.equal(out.video[2], picture)
+
+
+@pytest.mark.parametrize("sampler", NOISY, ids=lambda p: p.sampler.value)
+def test_the_model_sees_what_is_given_without_noise_in_every_call(make_request, fake_transformer, sampler):
+    frame = torch.randn(128, 1, 2, 2)
+    generate(fake_transformer, make_request(first_frame=frame), sampler)
+    tokens = patchify_video(frame[None])
+    assert len(fake_transformer.calls) == sampler.calls
+    for video, _, _ in fake_transformer.calls:
+        torch.testing.assert_close(video.latent[:, :4], tokens.expand(len(video.latent), -1, -1), atol=1e-5, rtol=0)
+
+
+def test_what_starts_from_noise_needs_a_schedule_that_does(make_request, fake_transformer):
+    refining = replace(SAMPLER, schedule="distilled_refine", steps=3)
+    with pytest.raises(ConfigError, match="starts at sigma 0.909375"):
+        generate(fake_transformer, make_request(), refining)

@@ -6,6 +6,8 @@ from ltx2_train.diffusion.sigmas import (
     ShiftedLogitNormal,
     SigmaConfig,
     Uniform,
+    beta_schedule,
+    custom_schedule,
     linear_quadratic_schedule,
     ltx2_schedule,
     shifted_schedule,
@@ -17,6 +19,7 @@ LTX2_8 = [1, 0.965712, 0.921875, 0.863856, 0.783445, 0.664579, 0.471003, 0.1, 0]
 SHIFTED_8 = [1, 0.981941, 0.958854, 0.928297, 0.885948, 0.823345, 0.721394, 0.525999, 0]
 LTX2_15_8160 = [1, 0.993491, 0.986015, 0.97734, 0.967151, 0.955015, 0.940314, 0.92214, 0.899096, 0.868923, 0.827707]
 LTX2_15_8160 += [0.768028, 0.673897, 0.503378, 0.1, 0]
+BETA_8 = [1, 0.994361, 0.980464, 0.956117, 0.914542, 0.840117, 0.695283, 0.394019, 0]
 
 # tokens: shift, mean, 5 %, 25 %, 50 %, 75 %, 95 % quantiles and P(sigma < 0.25) of the published law
 TRAINING_LAW = {
@@ -33,6 +36,7 @@ def test_schedules_are_the_published_ones():
     torch.testing.assert_close(ltx2_schedule(8), torch.tensor(LTX2_8), atol=1e-6, rtol=0)
     torch.testing.assert_close(shifted_schedule(8), torch.tensor(SHIFTED_8), atol=1e-6, rtol=0)
     torch.testing.assert_close(ltx2_schedule(15, 8160), torch.tensor(LTX2_15_8160), atol=1e-6, rtol=0)
+    torch.testing.assert_close(beta_schedule(8), torch.tensor(BETA_8), atol=1e-6, rtol=0)
 
 
 def test_thirty_steps_end_as_published():
@@ -44,7 +48,7 @@ def test_the_distilled_sigmas_are_linear_quadratic():
     torch.testing.assert_close(linear_quadratic_schedule(8), torch.tensor(DISTILLED), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("schedule", [ltx2_schedule, shifted_schedule, linear_quadratic_schedule])
+@pytest.mark.parametrize("schedule", [ltx2_schedule, shifted_schedule, linear_quadratic_schedule, beta_schedule])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
 def test_every_schedule_descends_from_one_to_zero(schedule, steps):
     sigmas = schedule(steps)
@@ -56,8 +60,37 @@ def test_every_schedule_descends_from_one_to_zero(schedule, steps):
 
 
 def test_a_schedule_without_steps_is_refused():
-    with pytest.raises(ConfigError, match="steps=0"):
-        ltx2_schedule(0)
+    for schedule in (ltx2_schedule, beta_schedule):
+        with pytest.raises(ConfigError, match="steps=0"):
+            schedule(0)
+
+
+def test_the_beta_schedule_says_when_it_has_no_more_sigmas():
+    with pytest.raises(ConfigError, match="steps=1000: .* no more than 997"):
+        beta_schedule(1000)
+
+
+def test_a_custom_schedule_may_start_and_end_anywhere():
+    assert custom_schedule(DISTILLED).tolist() == pytest.approx(DISTILLED)
+    assert torch.equal(custom_schedule([0.9, 0.5, 0.25]), torch.tensor([0.9, 0.5, 0.25]))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "complaint"),
+    [
+        ([1.0, 0.5, 0.6, 0.0], "0.5 is followed by 0.6"),
+        ([1.0, 0.5, 0.5, 0.0], "0.5 is followed by 0.5"),
+        ([0.5, 0.5 - 1e-10], "0.5 is followed by 0.4999999999"),
+        ([1.2, 0.5], r"1.2 is not in \[0, 1\]"),
+        ([1.0, -0.1], r"-0.1 is not in \[0, 1\]"),
+        ([1.0, float("nan")], r"nan is not in \[0, 1\]"),
+        ([1.0], "at least 2"),
+        ([], "at least 2"),
+    ],
+)
+def test_a_custom_schedule_names_what_is_wrong(sigmas, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        custom_schedule(sigmas)
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 8160])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch
 from ltx2_train.data.datasets import open_dataset
 from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
 from ltx2_train.errors import ConfigError, DataError, Ltx2Error
+from ltx2_train.evals.estimate import Estimate
 from ltx2_train.evals.heldout import (
-    Estimate,
     Heldout,
     HeldoutConfig,
     by_bucket,
@@ -55,7 +56,7 @@ def on_one_rank(dataset, **settings):
     return on_ranks(1, lambda world: measured(dataset, world, **settings))[0]
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_any_number_of_ranks_gives_the_same_numbers(dataset, size):
     alone = on_one_rank(dataset).to_dict()
     for shared in on_ranks(size, lambda world: measured(dataset, world)):
@@ -130,7 +131,7 @@ def test_the_loss_is_that_of_the_stated_sigma(tmp_path):
     """A model that gives no velocity at all has the loss of noise - clean: 2 for standard normal latents."""
     write_latent_dataset(tmp_path, [random_sample(f"{i}", Bucket(4, 2, 2, 20)) for i in range(8)])
     losses = on_one_rank(open_dataset(tmp_path), model=LinearModel(0.0))
-    assert losses.mean("video").mean == pytest.approx(2.0, rel=0.1)
+    assert losses.mean("video").value == pytest.approx(2.0, rel=0.1)
 
 
 def test_better_weights_are_told_from_worse_by_paired_clips(dataset):
@@ -147,28 +148,63 @@ def test_measurements_of_other_sigmas_are_not_compared(dataset):
     assert paired_change(first, second, "video") is None
 
 
-def test_the_evaluator_keeps_raw_and_averaged_weights_in_one_file(dataset, tmp_path):
+def test_one_evaluation_measures_raw_and_averaged_weights_and_writes_both_at_once(dataset, tmp_path):
+    """The model has the average; the block puts the trained weights there, and takes them out again."""
+    model = LinearModel(0.5)
+
+    @contextmanager
+    def raw():
+        model.factor = 0.7
+        yield
+        model.factor = 0.5
+
     def evaluate(world):
         heldout = Heldout(dataset, Objective(ObjectiveConfig(), None, False), HeldoutConfig(clips=2), world)
-        for weights in ("raw", "ema"):
-            event = heldout_evaluator(heldout, tmp_path, weights=weights)(LinearModel(), 7)
-        return event
+        return heldout_evaluator(heldout, tmp_path, others={"raw": raw})(model, 7), heldout.num_forwards
 
-    event = on_ranks(1, evaluate)[0]
+    (event, forwards), expected = on_ranks(1, evaluate)[0], {}
+    for name, factor in (("raw", 0.7), ("ema", 0.5)):
+        expected[name] = measured_alone(dataset, factor).figures()
     written = json.loads(heldout_path(tmp_path, 7).read_text())
     assert set(written) == {"step", "raw", "ema"}
-    assert event["loss_video"] == written["ema"]["video"]["mean"]["mean"]
+    assert {m: event[f"loss_{m}"] for m in ("video", "audio")} == {
+        m: written["ema"][m]["mean"]["mean"] for m in ("video", "audio")
+    }
+    assert event["raw"] == expected["raw"]
+    assert {name: event[name] for name in expected["ema"]} == expected["ema"]
+    assert event["raw"] != expected["ema"]
+    assert event["forwards"] == model.calls == 2 * forwards
+
+
+def measured_alone(dataset, factor):
+    settings = {"clips": 2, "batch_size": 8, "sigmas": HeldoutConfig().sigmas}
+    return on_ranks(1, lambda world: measured(dataset, world, LinearModel(factor), **settings))[0]
+
+
+def test_a_loss_that_is_not_finite_is_told_and_not_left_out(dataset):
+    class Diverged(LinearModel):
+        def __call__(self, video, audio, perturbations=None):
+            found = super().__call__(video, audio)
+            found.video[0] = math.nan
+            return found
+
+    losses = on_one_rank(dataset, model=Diverged(), batch_size=11)
+    estimate = losses.mean("video")
+    assert estimate.value is None
+    assert estimate.note == "not finite in 2 of 11 clips", "the first of each bucket"
+    assert losses.mean("audio").value is not None
+    json.dumps(losses.to_dict(), allow_nan=False)
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_more_clips():
-    few, many = Estimate.of(torch.randn(10).abs()), Estimate.of(torch.randn(1000).abs())
-    assert few.low < few.mean < few.high
-    assert many.high - many.low < few.high - few.low
+    few, many = Estimate.mean_of(torch.randn(10).abs()), Estimate.mean_of(torch.randn(1000).abs())
+    assert few.low < few.value < few.high
+    assert many.half_width < few.half_width
 
 
 def test_one_clip_has_a_mean_and_no_interval():
-    plain = Estimate.of(torch.tensor([1.0, math.nan])).to_dict()
-    assert plain == {"mean": 1.0, "low": None, "high": None, "count": 1}
+    plain = Estimate.mean_of(torch.tensor([1.0, math.nan])).to_dict()
+    assert plain == {"value": 1.0, "low": None, "high": None, "count": 1, "note": "one clip: no interval"}
 
 
 def test_clips_are_spread_over_the_split_and_grouped_by_bucket():

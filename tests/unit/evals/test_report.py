@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from ltx2_train.errors import DataError
-from ltx2_train.evals.charts import Series, bars, line_chart, number, ticks
-from ltx2_train.evals.report import change, duration, read_run, smooth, write_report
+from ltx2_train.evals.charts import Level, Series, StepMark, bars, line_chart, number, ticks
+from ltx2_train.evals.comparison import differing, short_names, write_comparison
+from ltx2_train.evals.report import change, duration, smooth, write_report
+from ltx2_train.evals.runrecord import read_run
 
 MEDIA = {"00-sampled.mp4": b"sampled film", "00-real.mp4": b"real film", "strip.png": b"frames", "sheet.png": b"sheet"}
 
@@ -197,3 +199,156 @@ def test_a_running_mean_of_a_constant_is_that_constant():
 def test_changes_and_durations_read_as_words():
     assert change(2.0, 1.0) == "50% lower"
     assert [duration(s) for s in (12, 75, 3700)] == ["12 s", "1 min 15 s", "1 h 1 min"]
+
+
+def add_samples(directory: Path, step: int, metrics: dict | None = None) -> Path:
+    """Samples of an earlier step: the same clip, with films of their own."""
+    media = directory / "evals" / f"samples-{step:08d}"
+    media.mkdir()
+    for name in MEDIA:
+        (media / name).write_bytes(f"{name} of {step}".encode())
+    newest = json.loads((directory / "evals" / "samples-00000200" / "samples.json").read_text())
+    (media / "samples.json").write_text(json.dumps(newest | {"step": step, "metrics": metrics or {}}))
+    return media
+
+
+def figure(value: float | None, **real) -> dict:
+    sampled = {"value": value, "low": None, "high": None, "count": 8, "note": "few clips"}
+    return {"unit": "furlongs", "sampled": sampled, **real}
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def test_a_caption_is_shown_at_every_evaluated_step_and_each_film_is_in_the_page_once(run_dir):
+    add_samples(run_dir, 0)
+    add_samples(run_dir, 100)
+    text = write_report(run_dir).read_text()
+    row = text[text.index("Samples over time") : text.index("Do picture and sound agree?")]
+    assert re.findall("<figcaption>(.*?)</figcaption>", row) == ["step 0", "step 100", "step 200", "real"]
+    for film in ("00-sampled.mp4 of 0", "00-sampled.mp4 of 100"):
+        assert text.count(encoded(film)) == 1
+    assert text.count(base64.b64encode(MEDIA["00-sampled.mp4"]).decode()) == 1
+    assert row.count("data-same=") == 2, "the newest sample and the real clip are in the page already"
+
+
+def test_of_many_steps_some_are_shown_and_the_page_says_so(run_dir):
+    for step in range(100):
+        add_samples(run_dir, step)
+    text = write_report(run_dir).read_text()
+    assert "8 evaluated steps of 101; the others lie in" in text
+    assert text.count("<figcaption>step") == 8
+    assert "<figcaption>step 0<" in text
+    assert "<figcaption>step 200<" in text
+
+
+def test_the_page_is_bounded_and_names_what_does_not_fit(run_dir):
+    old = add_samples(run_dir, 0)
+    (old / "00-sampled.mp4").write_bytes(bytes(90_000))
+    path = write_report(run_dir, media_bytes=100_000)
+    text = path.read_text()
+    assert encoded("strip.png of 0") in text, "frames stand for the film"
+    assert str(old / "00-sampled.mp4") in text
+    assert "1 further files would not fit" in text
+    assert len(text) < len(write_report(run_dir, media_bytes=200_000).read_text()) - 90_000
+
+
+def test_an_old_film_that_is_gone_is_said_and_costs_nothing_else(run_dir):
+    (add_samples(run_dir, 0) / "00-sampled.mp4").unlink()
+    text = write_report(run_dir).read_text()
+    assert "1 files are named by samples.json and gone" in text
+
+
+def test_figures_are_drawn_whatever_their_names(run_dir):
+    media = run_dir / "evals" / "samples-00000200" / "samples.json"
+    newest = json.loads(media.read_text())
+    real = {"real": {"value": 7.25, "low": 7.0, "high": 7.5, "count": 8, "note": ""}}
+    media.write_text(json.dumps(newest | {"metrics": {"wobble": figure(3.5, **real), "hum": figure(None)}}))
+    add_samples(run_dir, 0, {"wobble": figure(1.5)})
+    text = write_report(run_dir).read_text()
+    table = text[text.index("Figures of the samples") :]
+    assert re.search(
+        r"<td>wobble</td><td class=.left.>furlongs</td><td>1.5</td><td>3.5</td><td>7.25 \[7, 7.5\]</td>", table
+    )
+    assert re.search(r"<td>hum</td><td class=.left.>furlongs</td><td></td><td>–</td><td></td>", table)
+    assert "few clips: wobble, hum" in table
+    assert "<h3>wobble</h3>" in table
+    assert "<h3>hum</h3>" not in table
+    assert "step 0, untrained" in table
+
+
+def test_what_went_wrong_is_marked_on_the_curves_and_listed(run_dir):
+    keys = [f"clip-{i}" for i in range(6)]
+    told = [
+        {"event": "update_skipped", "step": 50, "reason": "a loss is not finite", "keys": keys},
+        {"event": "resumed", "step": 90, "after": "a hang"},
+        {"event": "checkpoint", "step": 100, "path": "somewhere"},
+        {"event": "earthquake", "step": 120, "magnitude": 6.5},
+    ]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in told)
+    (run_dir / "evals" / "follow.jsonl").write_text(
+        '{"event": "evaluation_failed", "step": 60, "message": "no room"}\n'
+    )
+    text = write_report(run_dir).read_text()
+    section = text[text.index("What happened on the way") :]
+    words = re.findall(r'<span class="pill \w+">(.*?)</span>', section)
+    assert words == [
+        "damaged record left out",
+        "update skipped",
+        "evaluation failed",
+        "started again after a hang",
+        "earthquake",
+    ]
+    assert "clip-3 and 2 more" in section
+    assert "magnitude 6.5" in section
+    curve = text[text.index("<h3>Training loss</h3>") :]
+    assert len(re.findall('class="event ', curve[: curve.index("</svg>")])) == 5
+
+
+def test_marks_and_levels_lie_where_they_belong():
+    series, marks = (
+        [Series("a", [0, 10], [0.0, 4.0], "ink")],
+        [StepMark(5, "fault", "<bad>"), StepMark(11, "slow", "x")],
+    )
+    svg = line_chart(series, x_label="x", y_label="y", levels=[Level("before", 8.0, "before")], marks=marks)
+    assert svg.count('class="event ') == 1
+    assert "&lt;bad&gt;" in svg
+    assert [float(x) for x in re.findall(r'class="thin" x1="([\d.]+)"', svg)] == [(52 + 560 - 14) / 2]
+    height = float(re.search(r'class="level before" .*? y1="([\d.]+)"', svg)[1])
+    assert 14 < height < 30, "the level is above the line and inside the chart"
+
+
+def other_run(run_dir: Path, name: str) -> Path:
+    import shutil
+
+    return shutil.copytree(run_dir, run_dir.with_name(name))
+
+
+def test_several_runs_are_overlaid_and_stand_side_by_side(run_dir):
+    other = other_run(run_dir, "other")
+    path = run_dir / "both.html"
+    settings = [{"lr": "1e-3", "seed": "0", "train.run_dir": "a"}, {"lr": "2e-3", "seed": "0", "train.run_dir": "b"}]
+    text = write_comparison([run_dir, other], path, settings).read_text()
+    chart = text[text.index("<h3>Training loss, video") :]
+    chart = chart[: chart.index("</svg>")]
+    assert chart.count("line run0") == chart.count("line run1") == 1
+    assert "<td>lr</td>" in text
+    assert "<td>seed</td>" not in text
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert captions == ["a run, step 200", "other, step 200", "real"]
+    assert "0.5000 ± 0.0500 at step 200, 67% lower than at step 0" in text
+    assert "step 0, untrained" in text
+
+
+def test_differences_and_names_are_those_that_matter():
+    found = differing([{"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}])
+    assert found == [{"name": "b", "values": ["2", "3"]}, {"name": "c", "values": ["–", "4"]}]
+    assert short_names([Path("/x/lr/run"), Path("/x/seed/run")]) == ["lr/run", "seed/run"]
+    assert short_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+
+
+def test_more_runs_than_colours_are_refused(run_dir):
+    with pytest.raises(DataError, match="at most 8"):
+        write_comparison([run_dir] * 9, run_dir / "x.html", [{}] * 9)

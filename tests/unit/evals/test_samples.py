@@ -12,6 +12,7 @@ from ltx2_train.data.datasets import open_dataset
 from ltx2_train.data.synthetic import WorldConfig, bounce_clip
 from ltx2_train.diffusion.profiles import SamplerProfile, Schedule
 from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.evals.metrics import names
 from ltx2_train.evals.samples import (
     Codecs,
     Samples,
@@ -65,17 +66,47 @@ def encoded(seed: int, codecs: Codecs) -> Sample:
     )
 
 
-def sampled(world, dataset, codecs, directory):
+def samples(world, dataset, codecs, **settings):
     profile = SamplerProfile(name="two steps", steps=2, schedule=Schedule.shifted)
     sampling = Sampling(profile=profile, negative=dataset.null_text)
-    config = SamplesConfig(clips=NUM_CLIPS, shown=1, batch_size=2)
-    return Samples(dataset, sampling, codecs, config, world).run(silent_model, directory, step=3, weights="ema")
+    config = SamplesConfig(**{"clips": NUM_CLIPS, "shown": 1, "batch_size": 2} | settings)
+    return Samples(dataset, sampling, codecs, config, world)
+
+
+def sampled(world, dataset, codecs, directory, **settings):
+    return samples(world, dataset, codecs, **settings).run(silent_model, directory, step=3, weights="ema")
 
 
 @pytest.fixture(scope="module")
 def run(dataset, codecs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("samples")
     return directory, on_ranks(1, lambda world: sampled(world, dataset, codecs, directory))[0]
+
+
+class Travelling:
+    """A codec that notes where it lies."""
+
+    def __init__(self, codec, places):
+        self.codec, self.places, self.name = codec, places, codec.name
+
+    def __getattr__(self, name):
+        return getattr(self.codec, name)
+
+    def to(self, device):
+        self.places.append(str(device))
+
+    def decode(self, latents):
+        self.places.append("decodes")
+        return self.codec.decode(latents)
+
+
+def test_the_codecs_are_on_the_device_only_while_they_decode(dataset, codecs, tmp_path):
+    video, audio = [], []
+    moving = Codecs(Travelling(codecs.video, video), Travelling(codecs.audio, audio))
+    few = {"clips": 2, "shown": 0, "metrics": []}
+    on_ranks(1, lambda world: sampled(world, dataset, moving, tmp_path, **few))
+    device = "cpu"  # of the rank; what matters is the order
+    assert video == audio == ["cpu", device, *["decodes"] * 4, "cpu"]
 
 
 def test_every_named_file_is_there(run):
@@ -110,11 +141,107 @@ def test_real_clips_are_in_sync_after_the_codec_and_shuffled_ones_are_not(run):
     assert real["impacts"] >= NUM_CLIPS
 
 
-def test_two_ranks_sample_the_same_clips(run, dataset, codecs, tmp_path):
-    for summary in on_ranks(2, lambda world: sampled(world, dataset, codecs, tmp_path)):
+def test_the_figures_of_all_metrics_stand_in_one_place(run):
+    found = run[1]["metrics"]
+    assert list(found) == names()
+    assert found["onset_f1"]["real"]["value"] == pytest.approx(run[1]["sync"]["real"]["f1"])
+    assert found["frechet_video"]["sampled"]["value"] > 0
+    assert found["silent_clips"]["real"]["value"] == 0
+    assert found["loudness"]["real"]["count"] == NUM_CLIPS
+    assert found["seed_diversity_video"]["sampled"]["note"].startswith("not measured: ")
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(dataset, codecs, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
+    chosen = [name for name in names() if "frechet" not in name]
+    return on_ranks(2, lambda world: sampled(world, dataset, codecs, directory, metrics=chosen))
+
+
+def test_two_ranks_sample_the_same_clips(run, of_two_ranks):
+    for summary in of_two_ranks:
         mine, theirs = summary["clips"], run[1]["clips"]
         assert [(c["key"], c["seed"]) for c in mine] == [(c["key"], c["seed"]) for c in theirs]
         assert [c["real"]["impacts"] for c in mine] == [c["real"]["impacts"] for c in theirs]
+
+
+def test_two_ranks_make_the_figures_of_one(run, of_two_ranks):
+    for summary in of_two_ranks:
+        for name, found in summary["metrics"].items():
+            assert found == run[1]["metrics"][name], name
+
+
+def test_every_caption_is_sampled_by_as_many_seeds(dataset, codecs, tmp_path):
+    few = {"clips": 2, "seeds": 2, "tolerance_ms": 50.0, "metrics": ["onset_f1", "seed_diversity_video", "motion"]}
+    summary = on_ranks(1, lambda world: sampled(world, dataset, codecs, tmp_path, **few))[0]
+    assert summary["count"] == 4
+    assert [clip["seed"] for clip in summary["clips"]] == list(range(4))
+    assert len({clip["key"] for clip in summary["clips"]}) == 2
+    assert ["real" in clip for clip in summary["clips"]] == [True] * 2 + [False] * 2
+    assert summary["sync"]["real"]["clips"] == 2
+    assert summary["sync"]["sampled"]["tolerance_ms"] == 50
+    assert summary["metrics"]["seed_diversity_video"]["sampled"]["value"] > 0
+    assert summary["metrics"]["motion"]["sampled"]["count"] == 2, "an interval over clips, not over seeds"
+
+
+ORIGIN = {"checkpoint": "one"}
+TWO = {"clips": 2, "batch_size": 1, "metrics": ["motion", "diversity_audio"]}
+
+
+@pytest.fixture
+def broken_off(dataset, codecs, tmp_path):
+    """What an evaluation leaves that was killed in its second batch, beside the result of an older one."""
+    (tmp_path / "samples.json").write_text('{"older": 1}')
+    calls = 0
+
+    def dies(video, audio, perturbations=None):
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise KeyboardInterrupt
+        return silent_model(video, audio)
+
+    (world,) = on_ranks(1, lambda world: world)
+    with pytest.raises(KeyboardInterrupt):
+        samples(world, dataset, codecs, **TWO).run(dies, tmp_path, step=3, weights="ema", origin=ORIGIN)
+    return tmp_path
+
+
+def taken_up(world, dataset, codecs, directory, origin=ORIGIN, **settings):
+    made = samples(world, dataset, codecs, **TWO | settings)
+    return made.run(silent_model, directory, step=3, weights="ema", origin=origin), made.taken_up
+
+
+def test_what_was_broken_off_is_taken_up_and_gives_what_it_would_have_given(broken_off, dataset, codecs, tmp_path):
+    assert json.loads((broken_off / "samples.json").read_text()) == {"older": 1}, "nothing half-written stands there"
+    whole = tmp_path / "whole"
+    ((summary, found),) = on_ranks(1, lambda world: taken_up(world, dataset, codecs, broken_off))
+    ((expected, none),) = on_ranks(1, lambda world: taken_up(world, dataset, codecs, whole))
+    assert (found, none) == (1, 0)
+    assert summary == expected == json.loads((broken_off / "samples.json").read_text())
+    for path in whole.iterdir():
+        assert (broken_off / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list(broken_off.glob("unfinished-*"))
+
+
+@pytest.mark.parametrize("other", [{"origin": {"checkpoint": "two"}}, {"origin": None}, {"seed": 1}])
+def test_samples_of_other_weights_or_settings_are_made_anew(broken_off, dataset, codecs, other):
+    ((_, found),) = on_ranks(1, lambda world: taken_up(world, dataset, codecs, broken_off, **other))
+    assert found == 0
+    assert not list(broken_off.glob("unfinished-*"))
+
+
+def test_samples_that_are_not_finite_are_refused_by_key(dataset, codecs, tmp_path):
+    def diverged(video, audio, perturbations=None):
+        return Velocity(video.latent * float("nan"), audio.latent)
+
+    def failure(world):
+        with pytest.raises(DataError, match="clip-0: the sampled video latents are not finite"):
+            samples(world, dataset, codecs).run(diverged, tmp_path, step=3, weights="ema")
+        return True
+
+    assert on_ranks(1, failure) == [True]
+    assert not (tmp_path / "samples.json").exists()
 
 
 @pytest.mark.parametrize("what", ["read", "decode"])
@@ -174,5 +301,8 @@ def test_peaks_are_the_loudest_moments():
 
 
 def test_a_setting_out_of_its_bound_is_named():
-    with pytest.raises(ConfigError, match="batch_size=0"):
-        SamplesConfig(batch_size=0)
+    for name, value in (("batch_size", 0), ("seeds", 0), ("tolerance_ms", 0.0)):
+        with pytest.raises(ConfigError, match=f"{name}={value}"):
+            SamplesConfig(**{name: value})
+    with pytest.raises(ConfigError, match="fvd: not known"):
+        SamplesConfig(metrics=["fvd"])

@@ -3,8 +3,21 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
-from ltx2_train.train.sinks import ConsoleSink, JsonlSink, SinksConfig, Tolerant, numbers, open_sinks, recorded_events
+import pytest
+
+from ltx2_train.train.sinks import (
+    ConsoleSink,
+    JsonlSink,
+    SinksConfig,
+    Tolerant,
+    WandbSink,
+    numbers,
+    open_evaluation_sinks,
+    open_sinks,
+    recorded_events,
+)
 
 RECORD = {
     "step": 3,
@@ -192,3 +205,102 @@ def test_an_offline_run_goes_on_under_its_own_id(tmp_path, monkeypatch):
             sink.close()
     assert ids[0] == ids[1] == (tmp_path / "run" / "wandb" / "run_id").read_text()
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+
+
+class FakeTracker:
+    """What of wandb the sink uses; keeps what it is given."""
+
+    def __init__(self):
+        self.settings, self.axes, self.logged = {}, [], []
+
+    def init(self, **settings):
+        self.settings = settings
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.axes.append((name, step_metric))
+
+    def log(self, values, step=None):
+        self.logged.append((step, values))
+
+    def Settings(self, **settings):
+        return settings
+
+    def Video(self, path, caption, format):
+        return ("film", Path(path).name, caption)
+
+    def Image(self, path):
+        return ("picture", Path(path).name)
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    fake = FakeTracker()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def samples_event(folder: Path) -> dict:
+    folder.mkdir(parents=True)
+    clips = [{"caption": "a ball", "sampled": {"media": "000-sampled.mp4"}}, {"caption": "hidden", "sampled": {}}]
+    (folder / "samples.json").write_text(json.dumps({"clips": clips, "sheet": "sheet.png"}))
+    return {"event": "samples", "step": 40, "directory": str(folder), "onset_f1": 0.5, "metrics": {"loudness": -20.0}}
+
+
+def test_evaluations_and_losses_by_sigma_have_stable_names_and_samples_their_films(tracker, tmp_path):
+    sink = WandbSink(SinksConfig(), tmp_path / "run", {})
+    sink.log({"step": 40, "loss": 1.0, "sigma_bins": {"video": [[2, 0.5], [0, None], [1, 0.25], [1, 1.0]]}})
+    sink.log({"event": "heldout", "step": 40, "loss_video": 0.4, "by_sigma": {"video": {"0.1": 0.3}}})
+    sink.log(samples_event(tmp_path / "samples"))
+    assert tracker.logged == [
+        (
+            40,
+            {
+                "loss": 1.0,
+                **{f"loss_by_sigma/video/{b}": v for b, v in (("0.0-0.2", 0.5), ("0.5-0.8", 0.25), ("0.8-1.0", 1.0))},
+            },
+        ),
+        (40, {"heldout/loss_video": 0.4, "heldout/by_sigma/video/0.1": 0.3}),
+        (
+            40,
+            {
+                "samples/onset_f1": 0.5,
+                "samples/metrics/loudness": -20.0,
+                "samples/film/0": ("film", "000-sampled.mp4", "a ball"),
+                "samples/sheet": ("picture", "sheet.png"),
+            },
+        ),
+    ]
+
+
+def test_evaluations_beside_a_run_are_a_run_of_their_own_in_its_group(tracker, tmp_path):
+    training = WandbSink(SinksConfig(), tmp_path / "run", {}).run.settings
+    path = tmp_path / "run" / "evals" / "follow.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"event": "heldout", "step": 20}\n{"event": "heldout", "st')
+    sinks = open_evaluation_sinks(SinksConfig(), tmp_path / "run", path, settings={})
+    for step in (60, 40):
+        for sink in sinks:
+            sink.log({"event": "heldout", "step": step, "loss_video": 0.4})
+    beside = tracker.settings
+    assert beside["id"] != training["id"]
+    assert beside["group"] == training["group"] == training["id"]
+    assert tracker.axes == [("*", "trained_step")]
+    assert tracker.logged == [(None, {"heldout/loss_video": 0.4, "trained_step": step}) for step in (60, 40)]
+    assert [line["step"] for line in lines(path)] == [20, 60, 40], "all that was said stays, but for a torn line"
+
+
+def test_the_tracker_keeps_films_offline(tmp_path):
+    import numpy as np
+    import torch
+
+    from ltx2_train.media.write import write_mp4, write_png
+
+    event = samples_event(tmp_path / "samples")
+    write_mp4(tmp_path / "samples" / "000-sampled.mp4", torch.zeros(3, 9, 32, 32), 24.0, None, 16000)
+    write_png(tmp_path / "samples" / "sheet.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    sink = WandbSink(SinksConfig(), tmp_path / "run", {})
+    sink.log(event)
+    sink.close()
+    kept = {path.suffix for path in (tmp_path / "run" / "wandb").rglob("media/*/samples/**/*") if path.is_file()}
+    assert kept == {".mp4", ".png"}

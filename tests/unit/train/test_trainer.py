@@ -628,6 +628,16 @@ def test_on_several_ranks_only_a_failure_that_all_of_them_know_lets_training_go_
         alone.run()
 
 
+def test_a_run_that_goes_on_says_so_unless_there_is_nothing_to_do():
+    going_on = {"resumed": {"after": "a hang"}}
+    t = trainer(endless(batch("k1")), state=TrainState(step=3), **going_on)
+    t.run()
+    assert t.sinks[0][0] == {"event": "resumed", "step": 3, "after": "a hang", "time": t.sinks[0][0]["time"]}
+    over = trainer(endless(batch("k1")), state=TrainState(step=6), **going_on)
+    over.run()
+    assert not [e for e in events(over) if e[0] == "resumed"]
+
+
 def test_a_strict_run_ends_with_a_failing_evaluation():
     strict = {"eval_every": 3, "strict_evaluation": True}
     t = trainer(endless(batch("k1")), evaluators={"samples": failing}, config=strict)

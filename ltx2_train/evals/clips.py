@@ -1,0 +1,291 @@
+"""Clips made of requests: what is given is read and encoded, the rest is sampled, decoded and written."""
+
+import glob
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ltx2_train.codecs.resample import resample, to_stereo
+from ltx2_train.codecs.residence import at_work
+from ltx2_train.diffusion.generate import Generated, Request, generate
+from ltx2_train.errors import DataError, Ltx2Error
+from ltx2_train.evals.files import write_json
+from ltx2_train.evals.requests import LATENT_STEP, Batch, Clip, Outcome, OutputFormat, State, receipt_path
+from ltx2_train.evals.samples import Codecs
+from ltx2_train.media.audio import read_audio
+from ltx2_train.media.video import VideoFile, read_video, to_frames, to_tensor
+from ltx2_train.media.write import AAC_RATES, PARTIAL, write_mp4, write_png, write_wav
+from ltx2_train.record import TextFeatures
+
+logger = logging.getLogger(__name__)
+
+Frames = NDArray[np.uint8]  # (F, H, W, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """Stereo sound (2, N) in [-1, 1]."""
+
+    waveform: Tensor
+    rate: int  # Hz
+
+    def cut(self, seconds: float) -> "Sound":
+        """What lies within the first `seconds`."""
+        return Sound(self.waveform[:, : round(seconds * self.rate)], self.rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a clip's files hold, as the codecs take it: cropped and at the clip's rate, as data are prepared."""
+
+    image: Tensor | None = None  # (3, 1, H, W) in [-1, 1]
+    video: Tensor | None = None  # (3, F, H, W)
+    sound: Sound | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One clip that is done. `seconds`: its share of what its batch took; the film is `film_seconds` long."""
+
+    outcome: Outcome
+    film_seconds: float = 0.0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    batch_size: int = 1
+
+
+def read_given(clip: Clip) -> Given:
+    """What the files of a clip hold. Raises `DataError` naming the one that cannot be read."""
+    request, size = clip.request, (clip.request.width, clip.request.height)
+    return Given(
+        image=None if request.image is None else _first_frame(request.image, request.image_crf, size),
+        video=None if request.video is None else _pictures(request.video, clip.frames, clip.fps, size),
+        sound=None if request.audio is None else _sound(request.audio, clip.bucket.audio_steps),
+    )
+
+
+def _first_frame(path: str, crf: int | None, size: Any) -> Tensor:
+    pixels = _pictures(path, 1, None, size)
+    if crf is None:
+        return pixels
+    with TemporaryDirectory() as folder:
+        film = Path(folder) / "frame.mp4"
+        write_mp4(film, to_frames(pixels), 1, crf=crf)
+        return read_video(film)[0]
+
+
+def _pictures(path: str, frames: int, fps: float | None, size: Any) -> Tensor:
+    with VideoFile(path) as file:
+        return to_tensor(file.frames(0.0, frames, file.info.fps if fps is None else fps, size))
+
+
+def _sound(path: str, steps: int) -> Sound:
+    """As much sound as the latent steps cover."""
+    waveform, rate = read_audio(path, duration=steps * LATENT_STEP)
+    return Sound(to_stereo(waveform), rate)
+
+
+class ClipMaker:
+    """Makes clips of batches of requests, one batch at a time, with a model that lies on the device all the while.
+
+    The codecs are on the device only while they encode or decode. What fails is told of its clip, and the rest goes on.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        codecs: Codecs,
+        texts: Mapping[str, TextFeatures],
+        directory: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        keyframe_marker: bool = True,
+        passes_at_once: int | None = None,
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`texts`: features of all prompts and negative prompts. `passes_at_once`: see `generate`. `told`: what receipts
+        say beside the request.
+        """
+        self.model, self.codecs, self.texts, self.directory = model, codecs, texts, directory
+        self.device, self.dtype, self.keyframe_marker = device, dtype, keyframe_marker
+        self.passes_at_once = passes_at_once
+        self.told = dict(told or {})
+
+    def make(self, batch: Batch) -> Iterator[Progress]:
+        """One batch, from its files to its media; clips that cannot be read leave the others alone."""
+        begin, readable = time.perf_counter(), []
+        for clip in batch.clips:
+            try:
+                given = read_given(clip)
+                readable.append((clip, given, self._request(clip, given)))
+            except Exception as error:
+                yield Progress(failure(clip, error))
+        if not readable:
+            return
+        try:
+            latents, step_seconds = self._sample(batch, [request for _, _, request in readable])
+        except Exception as error:
+            yield from (Progress(failure(clip, error)) for clip, _, _ in readable)
+            return
+        shared = (time.perf_counter() - begin) / len(readable)
+        for row, (clip, given, _) in enumerate(readable):
+            begin = time.perf_counter()
+            try:
+                outcome = self._finish(clip, given, latents, row, step_seconds)
+            except Exception as error:
+                yield Progress(failure(clip, error))
+                continue
+            seconds = shared + time.perf_counter() - begin
+            yield Progress(outcome, clip.seconds, seconds, step_seconds, len(readable))
+
+    def _request(self, clip: Clip, given: Given) -> Request:
+        """What is handed to the model: with the latents of what is given."""
+        asked = clip.request
+        with torch.no_grad(), at_work(self.device, *self._encoders(given)):
+            latents: dict[str, Any] = {
+                "first_frame": None if given.image is None else self._encoded(given.image),
+                "given_video": None if given.video is None else self._encoded(given.video),
+                "given_audio": None if given.sound is None else self._heard(given.sound),
+            }
+        sizes: dict[str, Any] = {
+            name: getattr(asked, name) for name in ("frames", "height", "width") if getattr(asked, name)
+        }
+        return Request(
+            text=self.texts[asked.prompt],
+            negative=self.texts[asked.negative],
+            seed=asked.seed,
+            fps=clip.fps,
+            has_video=clip.has_video,
+            has_audio=clip.has_audio,
+            **sizes,
+            **latents,
+        )
+
+    def _encoders(self, given: Given) -> list[Any]:
+        """The codecs that are needed: without given files none has to come to the device."""
+        needs_video = given.image is not None or given.video is not None
+        return [self.codecs.video] * needs_video + [self.codecs.audio] * (given.sound is not None)
+
+    def _encoded(self, video: Tensor) -> Tensor:
+        return self.codecs.video.encode(video[None].to(self.device))[0].cpu()
+
+    def _heard(self, sound: Sound) -> Tensor:
+        return self.codecs.audio.encode(sound.waveform[None].to(self.device), sound.rate)[0].cpu()
+
+    def _sample(self, batch: Batch, requests: Sequence[Request]) -> tuple[Generated, float]:
+        """The latents, on the CPU, and how long one step of the sampler took."""
+        profile, begin = batch.clips[0].profile, time.perf_counter()
+        on_device = generate(
+            self.model,
+            requests,
+            profile,
+            device=self.device,
+            dtype=self.dtype,
+            keyframe_marker=self.keyframe_marker,
+            passes_at_once=self.passes_at_once,
+        )
+        latents = Generated(*(None if x is None else x.cpu() for x in (on_device.video, on_device.audio)))
+        return latents, (time.perf_counter() - begin) / profile.steps
+
+    def _finish(self, clip: Clip, given: Given, latents: Generated, row: int, step_seconds: float) -> Outcome:
+        """Decode what was generated and write it; the receipt comes last."""
+        clear(self.directory, clip)
+        if not all(bool(x[row].isfinite().all()) for x in (latents.video, latents.audio) if x is not None):
+            raise DataError("the model gave NaN or infinity, so nothing is written. Try other steps or weaker guidance")
+        pictures, sound = self._decoded(clip, given, latents, row)
+        files = write_clip(self.directory, clip, pictures, sound)
+        receipt = {
+            "digest": clip.digest,
+            "files": {name: (self.directory / name).stat().st_size for name in files},
+            "request": {name: getattr(clip.request, name) for name in clip.request.__slots__},
+            "profile": clip.profile.to_dict(),
+            "step_seconds": step_seconds,
+            **self.told,
+        }
+        write_json(receipt_path(self.directory, clip), receipt)
+        return Outcome(clip.where, clip.name, State.made, str(self.directory / files[0]))
+
+    def _decoded(self, clip: Clip, given: Given, latents: Generated, row: int) -> tuple[Frames | None, Sound | None]:
+        """Pictures and sound of a clip. What is given is written as it came, not as the codec shows it."""
+        video = None if latents.video is None or given.video is not None else latents.video[row]
+        audio = None if latents.audio is None or given.sound is not None else latents.audio[row]
+        needed = [self.codecs.video] * (video is not None) + [self.codecs.audio] * (audio is not None)
+        with at_work(self.device, *needed):
+            film = self.codecs.decode(video, audio, clip.fps)
+        pictures = film.video if given.video is None else given.video
+        sound = given.sound
+        if sound is None and film.waveform is not None:
+            sound = Sound(film.waveform, film.sample_rate)
+        return None if pictures is None else to_frames(pictures), None if sound is None else sound.cut(clip.seconds)
+
+
+def clear(directory: Path, clip: Clip) -> None:
+    """Removes what an earlier clip of that name left: its receipt first, then its media, whole or begun."""
+    receipt_path(directory, clip).unlink(missing_ok=True)
+    for kind in (OutputFormat.mp4, OutputFormat.wav):
+        (directory / f"{clip.name}.{kind}").unlink(missing_ok=True)
+        for begun in directory.glob(f".{glob.escape(clip.name)}.{kind}.*{PARTIAL}"):
+            begun.unlink()
+    shutil.rmtree(directory / clip.name, ignore_errors=True)
+
+
+def write_clip(directory: Path, clip: Clip, pictures: Frames | None, sound: Sound | None) -> list[str]:
+    """Writes a clip in the formats that it is asked in; the names of its files, in that order.
+
+    Pictures of their own are numbered from 0 in a folder of the clip's name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files = []
+    for kind in clip.request.format or ():
+        if kind == OutputFormat.png:
+            assert pictures is not None
+            files += _write_pictures(directory, clip.name, pictures)
+            continue
+        files.append(f"{clip.name}.{kind}")
+        if kind == OutputFormat.wav:
+            assert sound is not None
+            write_wav(directory / files[-1], sound.waveform, sound.rate)
+        else:
+            assert pictures is not None
+            write_film(directory / files[-1], pictures, clip.fps, sound)
+    return files
+
+
+def write_film(path: Path, pictures: Frames, fps: float, sound: Sound | None) -> None:
+    """Writes an mp4; sound of a rate that its format does not know is brought to one that it does."""
+    if sound is not None and sound.rate not in AAC_RATES:
+        sound = Sound(resample(sound.waveform, sound.rate, AAC_RATES[0]), AAC_RATES[0])
+    heard = (None,) if sound is None else (sound.waveform, sound.rate)
+    write_mp4(path, pictures, fps, *heard)
+
+
+def _write_pictures(directory: Path, name: str, pictures: Frames) -> list[str]:
+    files = [f"{name}/{place:05d}.png" for place in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        write_png(directory / file, picture)
+    return files
+
+
+def failure(clip: Clip, error: Exception) -> Outcome:
+    """What is told of a clip that could not be made; of what no user can have caused there is a traceback in the log."""
+    if isinstance(error, torch.OutOfMemoryError):
+        text = (
+            "the device has too little memory. Sample fewer clips together (--batch-size), smaller ones, or use --tile"
+        )
+    elif isinstance(error, Ltx2Error):
+        text = str(error)
+    else:
+        logger.error("%s", clip.where, exc_info=error)
+        text = f"{type(error).__name__}: {error}"
+    return Outcome(clip.where, clip.name, State.failed, text)

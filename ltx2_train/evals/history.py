@@ -1,0 +1,207 @@
+"""How a run's evaluations changed from step to step: losses, sync, figures, and the same caption sampled again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ltx2_train.evals.charts import Level, Series, StepMark, line_chart
+from ltx2_train.evals.embedding import Media
+from ltx2_train.evals.heldout import MODALITIES
+from ltx2_train.evals.runrecord import RunRecord, Sampled
+
+COLUMNS = 8  # steps side by side; of more the first, the last and others evenly between are shown
+Chart = dict[str, str]
+Marks = Sequence[StepMark]
+
+
+def best_losses(entry: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation's losses of the moving average, where there is one, else of the trained weights."""
+    found: dict[str, Any] = entry.get("ema") or entry["raw"]
+    return found
+
+
+def first_name(step: int) -> str:
+    """What the first measurement is called: untrained at step 0."""
+    return "step 0, untrained" if step == 0 else f"step {step}, the first"
+
+
+def spread_out(entries: Sequence[Any]) -> list[Any]:
+    """At most `COLUMNS` of them, the first and the last among them."""
+    if len(entries) <= COLUMNS:
+        return list(entries)
+    return [entries[round(i * (len(entries) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def heldout_charts(run: RunRecord, marks: Marks) -> list[Chart]:
+    """Held-out loss over steps per modality, of both kinds of weights, and by sigma. Needs two evaluations."""
+    if len(run.heldout) < 2:
+        return []
+    charts = []
+    for modality in MODALITIES:
+        charts.append((f"{modality}, over steps", _over_steps(run, modality, marks)))
+    for modality in MODALITIES:
+        charts.append((f"{modality} by sigma, over steps", _by_sigma_over_steps(run, modality, marks)))
+    return [{"title": title, "svg": svg} for title, svg in charts if svg]
+
+
+def loss_line(entries: Sequence[tuple[int, dict[str, Any]]], name: str, style: str) -> Series:
+    """A line with its band, of (step, estimate with `mean`, `low` and `high`); those without a value are left out."""
+    return _line([(step, one["mean"], one["low"], one["high"]) for step, one in entries], name, style)
+
+
+def _line(points: Sequence[tuple[int, float | None, float | None, float | None]], name: str, style: str) -> Series:
+    seen = [
+        (x, y, y if low is None else low, y if high is None else high) for x, y, low, high in points if y is not None
+    ]
+    x, y, low, high = (list(column) for column in zip(*seen, strict=True)) if seen else ([], [], [], [])
+    return Series(name, x, y, style, low, high)
+
+
+def _bare(line: Series) -> Series:
+    """Without its band: several of them in one chart hide each other."""
+    return Series(line.name, line.x, line.y, line.style)
+
+
+def _over_steps(run: RunRecord, modality: str, marks: Marks) -> str:
+    entries = [(e["step"], best_losses(e)[modality]["mean"]) for e in run.heldout]
+    lines = [loss_line(entries, "averaged weights" if "ema" in run.heldout[-1] else "trained weights", modality)]
+    if "ema" in run.heldout[-1]:
+        raw = [(e["step"], e["raw"][modality]["mean"]) for e in run.heldout if e.get("raw")]
+        lines.append(_bare(loss_line(raw, "trained weights", f"{modality} raw")))
+    first = entries[0][1]["mean"]
+    levels = [] if first is None else [Level(first_name(entries[0][0]), first, "before")]
+    return line_chart(lines, x_label="step", y_label="held-out loss", levels=levels, marks=marks)
+
+
+def _by_sigma_over_steps(run: RunRecord, modality: str, marks: Marks) -> str:
+    """A line per noise level, of the evaluations that have the newest one's."""
+    sigmas = best_losses(run.heldout[-1])["sigmas"]
+    alike = [(e["step"], best_losses(e)) for e in run.heldout if best_losses(e)["sigmas"] == sigmas]
+    lines = []
+    for i, sigma in enumerate(sigmas):
+        found = [(step, losses[modality]["by_sigma"][i]) for step, losses in alike]
+        style = f"{modality} level{5 * i // len(sigmas)}"
+        lines.append(_bare(loss_line(found, f"sigma {sigma:g}", style)))
+    return line_chart(lines, x_label="step", y_label="held-out loss", marks=marks)
+
+
+# -- figures of samples ------------------------------------------------------------------------------------------------
+
+
+def sync_chart(run: RunRecord, marks: Marks) -> str:
+    """Onset F1 over steps with its interval, chance, and the real clips; empty before two evaluations have it."""
+    found = [(s.step, s.found["sync"]["sampled"]) for s in run.sampled if s.found.get("sync")]
+    if len(found) < 2:
+        return ""
+    sampled = _line([(step, one["f1"], one.get("low"), one.get("high")) for step, one in found], "sampled", "ink")
+    chance = [(step, one["chance"]) for step, one in found if one["chance"] is not None]
+    lines = [sampled, Series("chance", [x for x, _ in chance], [y for _, y in chance], "chance dashed")]
+    real = next(s.found["sync"]["real"]["f1"] for s in reversed(run.sampled) if s.found.get("sync"))
+    levels = [Level("real, through the codec", real, "real")]
+    levels += [Level(first_name(found[0][0]), found[0][1]["f1"], "before")]
+    drawn = [line for line in lines if line.y]
+    return line_chart(drawn, x_label="step", y_label="onset F1", levels=levels, marks=marks)
+
+
+def figures_of(run: RunRecord) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """(step, entry of samples.json) of every figure, whatever its name, in the order in which the newest has them."""
+    names = dict.fromkeys(name for s in reversed(run.sampled) for name in s.found.get("metrics") or {})
+    return {
+        name: [(s.step, s.found["metrics"][name]) for s in run.sampled if name in (s.found.get("metrics") or {})]
+        for name in names
+    }
+
+
+def metrics_table(run: RunRecord) -> dict[str, Any] | None:
+    """A row per figure: at the evaluated steps, the newest with its interval, and of the real clips.
+
+    What is to be said of the newest stands once, with the names of the figures that it is about.
+    """
+    found = figures_of(run)
+    if not found:
+        return None
+    steps = spread_out(sorted({step for entries in found.values() for step, _ in entries}))
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, list[str]] = {}
+    for name, entries in found.items():
+        by_step, (_, newest) = dict(entries), entries[-1]
+        cells = [
+            estimate_text(by_step[step]["sampled"], interval=step == steps[-1]) if step in by_step else ""
+            for step in steps
+        ]
+        real = estimate_text(newest["real"]) if newest.get("real") else ""
+        rows.append({"name": name, "unit": newest["unit"], "cells": cells, "real": real})
+        if note := newest["sampled"].get("note"):
+            notes.setdefault(note, []).append(name)
+    return {"steps": steps, "rows": rows, "notes": [{"text": k, "names": ", ".join(v)} for k, v in notes.items()]}
+
+
+def metric_charts(run: RunRecord, marks: Marks) -> list[Chart]:
+    """A chart over steps of every figure that two evaluations have."""
+    charts = []
+    for name, entries in figures_of(run).items():
+        line = estimate_line(entries, "sampled", "ink")
+        if len(line.x) > 1:
+            levels = [Level(first_name(line.x[0]), line.y[0], "before")]  # type: ignore[arg-type]
+            real = (entries[-1][1].get("real") or {}).get("value")
+            levels += [Level("real", real, "real")] if real is not None else []
+            label = entries[-1][1]["unit"] or name
+            svg = line_chart([line], x_label="step", y_label=label, from_zero=False, levels=levels, marks=marks)
+            charts.append({"title": name, "svg": svg})
+    return charts
+
+
+def estimate_line(entries: Sequence[tuple[int, dict[str, Any]]], name: str, style: str) -> Series:
+    """The sampled clips' figure over steps, with its interval."""
+    found = [(step, entry["sampled"]) for step, entry in entries]
+    return _line([(step, one["value"], one.get("low"), one.get("high")) for step, one in found], name, style)
+
+
+def estimate_text(estimate: dict[str, Any], *, interval: bool = True) -> str:
+    """A figure's value, and its interval, in three digits; a dash where there is none."""
+    if estimate.get("value") is None:
+        return "–"
+    low, high = estimate.get("low"), estimate.get("high")
+    bounds = f" [{low:.3g}, {high:.3g}]" if interval and low is not None and high is not None else ""
+    return f"{estimate['value']:.3g}{bounds}".replace("-", "−")
+
+
+# -- the same caption again --------------------------------------------------------------------------------------------
+
+
+def rows_over_time(run: RunRecord, media: Media) -> dict[str, Any] | None:
+    """A row per caption: its sample at the evaluated steps, then the real clip. Needs two evaluations with samples."""
+    sampled = [s for s in run.sampled if s.shown]
+    if len(sampled) < 2:
+        return None
+    chosen = spread_out(sampled)
+    rows = [_row(clip, chosen, sampled[-1], media) for clip in sampled[-1].shown]
+    return {"rows": rows, "steps": len(chosen), "of": len(sampled), "place": str(run.directory / "evals")}
+
+
+def _row(clip: dict[str, Any], chosen: Sequence[Sampled], newest: Sampled, media: Media) -> dict[str, Any]:
+    cells = []
+    for one in chosen:
+        match = next((c for c in one.shown if _same(c, clip)), None)
+        if match is not None:
+            cells.append(film_cell(match["sampled"], f"step {one.step}", one, media, baseline=one is chosen[0]))
+    if clip.get("real", {}).get("media"):
+        cells.append(film_cell(clip["real"], "real", newest, media))
+    return {"caption": clip["caption"], "seed": clip.get("seed"), "cells": cells}
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (one["key"], one.get("seed")) == (other["key"], other.get("seed"))
+
+
+def film_cell(
+    side: dict[str, Any], title: str, sampled: Sampled, media: Media, *, baseline: bool = False
+) -> dict[str, Any]:
+    """A film if the page has room for it, else its frames, else its path."""
+    film = media.embed(sampled.directory / side["media"])
+    stand_in = None
+    if film.id is None and side.get("strip"):
+        stand_in = media.picture(sampled.directory / side["strip"])
+    return {"title": title, "film": film, "strip": stand_in, "baseline": baseline}

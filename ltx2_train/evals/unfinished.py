@@ -1,0 +1,73 @@
+"""Samples that are done while others are not: one file each, so that an evaluation that is killed can be taken up.
+
+Media and samples lie in a folder of their own until all are there. Only then they take their names in the directory,
+and the file that names them is written last: whoever reads it finds everything.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltx2_train.evals.files import write_json
+
+PREFIX = "unfinished-"
+PARTIAL = ".partial"
+NO_STRIP = np.empty(0, dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One sample that was made and measured. `clip`: the number of the clip whose caption it has."""
+
+    clip: int
+    entry: dict[str, Any]
+    rows: Mapping[str, Mapping[str, Sequence[float] | None]]  # by side (sampled, real) and metric
+    strip: NDArray[np.uint8] | None
+
+
+class Unfinished:
+    """The folder of samples that follow from `settings`; what was made with others is not theirs."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self.directory = directory
+        self.place = directory / f"{PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def open(self, *, anew: bool) -> dict[int, Done]:
+        """The samples that are done, none if `anew`; those of other settings are removed."""
+        for other in self.directory.glob(f"{PREFIX}*"):
+            if anew or other != self.place:
+                shutil.rmtree(other)
+        self.place.mkdir(parents=True, exist_ok=True)
+        return {int(path.stem): _read(path) for path in sorted(self.place.glob("*.npz"))}
+
+    def keep(self, number: int, done: Done) -> None:
+        """Write a sample, whole or not at all."""
+        path = self.place / f"{number:06d}.npz"
+        text = json.dumps({"clip": done.clip, "entry": done.entry, "rows": done.rows}, allow_nan=False)
+        partial = path.with_suffix(PARTIAL)
+        with partial.open("wb") as file:
+            np.savez(file, text=np.array(text), strip=NO_STRIP if done.strip is None else done.strip)
+        partial.replace(path)
+
+    def close(self, name: str, contents: dict[str, Any]) -> None:
+        """Move the media where they belong, write `contents` as `name` behind them, and remove the folder."""
+        (self.directory / name).unlink(missing_ok=True)
+        for path in self.place.iterdir():
+            if path.suffix not in (".npz", PARTIAL):
+                path.replace(self.directory / path.name)
+        write_json(self.directory / name, contents)
+        shutil.rmtree(self.place)
+
+
+def _read(path: Path) -> Done:
+    with np.load(path, allow_pickle=False) as arrays:
+        strip = arrays["strip"]
+        return Done(**json.loads(str(arrays["text"])), strip=strip if strip.size else None)

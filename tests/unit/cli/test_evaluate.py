@@ -1,0 +1,119 @@
+"""`ltx2-evaluate` on a run of the tiny model: figures of both kinds of weights, samples, a kill in the middle, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ltx2_train.cli import evaluate
+from ltx2_train.train.checkpoint import complete_checkpoints
+from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
+
+ROOT = Path(__file__).resolve().parents[3]
+HELD = ("train.max_steps=2", "train.save_every=2", "evaluation.samples=null", "evaluation.heldout.clips=4")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with data and a run that was evaluated at its end."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    data = small_dataset(folder / "latents")
+    places = (f"data.datasets.0.path={data}", f"train.run_dir={folder / 'run'}", f"evaluation.datasets=[{data}]")
+    assert ltx2_train(*SMALL, *places, *HELD, "train.strict_evaluation=true") == 0
+    return folder
+
+
+def heldout(place: Path) -> dict:
+    return json.loads((place / "run" / "evals" / "heldout-00000002.json").read_text())
+
+
+def test_training_and_the_program_measure_both_kinds_of_weights_alike(place, capsys):
+    trained = heldout(place)
+    assert set(trained) == {"step", "raw", "ema"}
+    events = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [line for line in events if line.get("event") == "heldout"]
+    assert event["loss_video"] == trained["ema"]["video"]["mean"]["mean"]
+    assert event["raw"]["loss_video"] == trained["raw"]["video"]["mean"]["mean"]
+    assert event["forwards"] == 2 * 5, "two kinds of weights, five sigmas, one batch"
+    assert evaluate.main([str(place / "run")]) == 0
+    said, again = capsys.readouterr().out, heldout(place)
+    assert "raw weights: video" in said
+    assert "ema weights: video" in said
+    for weights in ("raw", "ema"):
+        for modality in ("video", "audio"):
+            first, second = trained[weights][modality]["per_clip"], again[weights][modality]["per_clip"]
+            assert second == pytest.approx(first, rel=1e-5), f"{weights} {modality}"
+    assert trained["raw"]["video"]["per_clip"] != pytest.approx(trained["ema"]["video"]["per_clip"], rel=1e-5)
+
+
+def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, capsys):
+    options = ["--samples", "2", "--seeds", "2", "--shown", "0", "--tolerance-ms", "50", "--out", str(tmp_path)]
+    assert (
+        evaluate.main([str(place / "run"), *options, "--metrics", "loudness,seed_diversity_audio,frechet_video"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert "LUFS" in rows["loudness"]
+    assert "latent" in rows["seed_diversity_audio"]
+    assert "4 clips of 512 wanted" not in rows["frechet_video"], "there are two real ones"
+    assert "2 clips of 512 wanted" in rows["frechet_video"]
+    summary = json.loads((tmp_path / "samples.json").read_text())
+    assert list(summary["metrics"]) == ["loudness", "seed_diversity_audio", "frechet_video"]
+    assert summary["count"] == 4
+    assert evaluate.parser().parse_args(["RUN", "--metrics", "none"]).metrics == []
+    assert list(evaluate.metrics_table({})) == []
+
+
+def test_an_evaluation_that_is_killed_leaves_nothing_half_written_and_is_taken_up(place, tmp_path, capsys):
+    options = [str(place / "run"), "--samples", "5", "--batch-size", "1", "--metrics", "motion", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-m", "ltx2_train.cli.evaluate", *options], env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("unfinished-*/*.npz")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    done = len(list(tmp_path.glob("unfinished-*/*.npz")))
+    assert 0 < done < 5
+    assert not (tmp_path / "samples.json").exists()
+    assert evaluate.main(options) == 0
+    assert f"{done} clips taken up" in capsys.readouterr().out
+    assert json.loads((tmp_path / "samples.json").read_text())["count"] == 5
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--metrics", "fvd"], "metrics=fvd: not known. Choose from"),
+        (["--seeds", "0"], "seeds=0: must be >= 1"),
+        (["--tolerance-ms", "-1"], "tolerance_ms=-1"),
+        (["--clips", "0"], "clips=0: must be >= 1"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(place, capsys, options, said):
+    assert evaluate.main([str(place / "run"), "--samples", "1", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_clips_of_another_codec_are_refused(place, tmp_path, capsys):
+    other = small_dataset(tmp_path / "latents", video_codec="other-codec")
+    assert evaluate.main([str(place / "run"), "--data", str(other)]) == 2
+    said = capsys.readouterr().err
+    assert "video_codec" in said
+    assert "other-codec" in said
+
+
+def test_a_run_without_a_complete_checkpoint_is_refused(place, tmp_path, capsys):
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert "has no complete checkpoint" in capsys.readouterr().err
+    (newest,) = complete_checkpoints(place / "run")
+    copy = tmp_path / "run" / "checkpoints" / newest.name
+    copy.mkdir(parents=True)
+    (copy / "config.json").write_bytes((newest / "config.json").read_bytes())
+    assert evaluate.main([str(tmp_path / "run")]) == 2, "files, and no manifest"
+    assert "has no complete checkpoint" in capsys.readouterr().err
