@@ -136,8 +136,8 @@ def _opening(figures: dict[str, Any]) -> list[str]:
         "whether the streams listen to each other. All of it, from nothing: `make proof-bounce`.",
         "",
         f"Onset F1 within {figures['tolerance_ms']} ms: impacts are upward turns of the tracked ball, clicks are peaks of",
-        f"onset strength, matched one to one. {clips} held-out captions, {seeds} sampling seeds. Intervals of 95 %, from",
-        "drawing the captions anew; for chance the range of 95 % of the shuffles.",
+        f"onset strength, matched one to one. {clips} held-out captions, {seeds} sampling seeds, no guidance. Intervals of",
+        "95 %, from drawing the captions anew; for chance the range of 95 % of the shuffles.",
         "",
         f"Written by `{figures['command']}` at commit {figures['commit']}.",
         "",
@@ -181,10 +181,12 @@ def _guidance(figures: dict[str, Any]) -> list[str]:
 def _training(figures: dict[str, Any]) -> list[str]:
     minutes = ", ".join(f"{stage} {value:g}" for stage, value in figures["minutes"].items())
     steps = figures["training"]["joint"]["steps"]
+    taken = " and ".join(f"{run['minutes']:g}" for run in figures["training"].values())
     return [
         "## Training",
         "",
-        f"{steps} steps each, side by side on one core each. Minutes: {minutes}.",
+        f"{steps} steps each, one core each: {taken} minutes over all starts, with and without the exchange.",
+        f"Minutes of the start that finished a stage: {minutes}.",
         "",
         "![training losses](bounce/loss.svg)",
         "",
