@@ -1,6 +1,6 @@
 """The click falls on the impact: a small model trained from scratch until its own clips are in sync.
 
-python -m tests.proofs.bounce [--out outputs/bounce] [--docs docs] [--clips 6400] [--steps 5000] [--samples 128]
+python -m tests.proofs.bounce [--out outputs/bounce] [--docs docs] [--clips 6400] [--steps 4000] [--samples 128]
 
 Writes clips of a bouncing ball whose impacts no caption tells the time of, trains `experiment=bounce` on them, and beside it
 the same without attention between the streams. Both are sampled on held-out captions with three seeds: sound and picture
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the figures go (docs)")
     parser.add_argument("--clips", type=int, default=6400, help="clips to write; 256 of them are held out (6400)")
-    parser.add_argument("--steps", type=int, default=5000, help="of each training (5000)")
+    parser.add_argument("--steps", type=int, default=4000, help="of each training (4000)")
     parser.add_argument("--samples", type=int, default=128, help="held-out captions per set (128)")
     options = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that is started here
