@@ -5,7 +5,7 @@
 #   PYTHON       the interpreter that makes it, >= 3.11             (found by itself)
 #   TORCH_INDEX  package index of another torch build, for torch alone   (remembered)
 #   CONSTRAINTS  pinned versions      (constraints/cpu.txt without a GPU, none with one)
-#   ARGS         passed on to demo, proof-engines, soak and the benches, and to pytest by test, proof and gpu
+#   ARGS         passed on to demo, the benches and the proofs, and to pytest by test, proof and gpu
 
 VENV ?= .venv
 ARGS ?=
@@ -33,7 +33,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 p
 	$$p $(IS_NEW_ENOUGH) >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format types proof proof-engines soak gpu bench bench-engines clean reinstall
+.PHONY: help setup demo test check lint format types proof proof-engines proof-bounce soak gpu bench bench-engines clean reinstall
 
 help:  ## this list
 	@echo "ltx2_train: pretrain and fine-tune LTX-2, the open audio-video diffusion transformer"
@@ -94,6 +94,9 @@ proof: setup  ## the long proofs: parity, released weights and exactness with th
 
 proof-engines: setup  ## parity of both engines, kill matrix, flipped bits, LoRA's memory (needs the extra deepspeed)
 	$(BIN)/python -m tests.proofs.engines $(ARGS)
+
+proof-bounce: setup  ## the click falls on the impact: train from scratch, sample, measure sync, write docs/bounce.* (up to 2 hours on two cores)
+	$(BIN)/python -m tests.proofs.bounce $(ARGS)
 
 soak: setup  ## a tiny run killed at random moments, twenty times, against the same run straight
 	$(BIN)/python -m tests.proofs.soak $(ARGS)

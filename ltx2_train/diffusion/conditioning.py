@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ltx2_train.diffusion.choice import chosen
+from ltx2_train.diffusion.sigmas import SigmaConfig
 from ltx2_train.errors import ConfigError
+from ltx2_train.model.modality import Stream
 from ltx2_train.record import Bucket
 from ltx2_train.rng import BatchRng
 
@@ -30,9 +32,14 @@ class ConditioningConfig:
     """What is given: first_frame, given_audio (the whole audio, clean at sigma 0) or given_video."""
     probability: float = 1.0
     """Share of the samples. given_audio and given_video exclude each other; theirs add up to at most 1."""
+    sigma: SigmaConfig | None = None
+    """Where the sigmas of the other stream are drawn for these samples (given_audio, given_video). None: as for all. What a
+    given stream tells is needed where the other one is nearly all noise; drawn as for all, few samples are."""
 
     def __post_init__(self) -> None:
         self.kind = chosen(ConditioningKind, self.kind, "conditioning.kind")
+        if self.sigma is not None and CONDITIONS[self.kind].generated is None:
+            raise ConfigError(f"conditioning.{self.kind}.sigma: no other stream belongs to it; leave it out")
         if not 0 <= self.probability <= 1:
             raise ConfigError(f"conditioning.{self.kind}.probability={self.probability}: must be in [0, 1]")
 
@@ -135,17 +142,19 @@ def _give_video(conditioning: Conditioning, samples: Tensor) -> None:
 class Condition:
     """How a kind of conditioning is given. Kinds of one `group` exclude each other: they share one draw per sample.
 
-    `give` leaves every sample something to generate: where nothing would be left, it gives nothing.
+    `give` leaves every sample something to generate: where nothing would be left, it gives nothing. `generated`: the
+    stream that is left where the whole other one is given.
     """
 
     group: str
     give: Callable[[Conditioning, Tensor], None]
+    generated: Stream | None = None
 
 
 CONDITIONS: dict[ConditioningKind, Condition] = {
     ConditioningKind.first_frame: Condition("first_frame", _give_first_frame),
-    ConditioningKind.given_audio: Condition("given_stream", _give_audio),
-    ConditioningKind.given_video: Condition("given_stream", _give_video),
+    ConditioningKind.given_audio: Condition("given_stream", _give_audio, Stream.video),
+    ConditioningKind.given_video: Condition("given_stream", _give_video, Stream.audio),
 }
 
 

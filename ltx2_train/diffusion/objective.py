@@ -12,6 +12,8 @@ from ltx2_train import geometry
 from ltx2_train.batch import Batch
 from ltx2_train.diffusion.choice import chosen
 from ltx2_train.diffusion.conditioning import (
+    CONDITIONS,
+    Conditioning,
     ConditioningConfig,
     ConditioningKind,
     StreamConditioning,
@@ -21,7 +23,7 @@ from ltx2_train.diffusion.conditioning import (
     keyframes_mask,
 )
 from ltx2_train.diffusion.path import to_noisy, velocity_of
-from ltx2_train.diffusion.sigmas import SigmaConfig
+from ltx2_train.diffusion.sigmas import SigmaConfig, SigmaDistribution
 from ltx2_train.errors import ConfigError
 from ltx2_train.model.modality import SKIP_A2V, SKIP_V2A, Modality, Perturbations, Stream, Velocity
 from ltx2_train.model.patchify import patchify_audio, patchify_video
@@ -193,7 +195,9 @@ class Objective:
         """Sigmas, noise, conditioning and context of a micro-batch. Nothing here waits for the device."""
         device, bucket = batch.video.device, batch.bucket
         given = draw_conditioning(self.config.conditioning, bucket, rng, device)
-        sigma_video, sigma_audio = self._sigmas(batch, rng) if sigma is None else _fixed_sigmas(sigma, len(batch))
+        sigma_video, sigma_audio = (
+            self._sigmas(batch, rng, given) if sigma is None else _fixed_sigmas(sigma, len(batch))
+        )
         video_text, audio_text, text_mask = self._context(batch, rng)
         video_task = self._stream_task(
             Stream.video,
@@ -260,10 +264,23 @@ class Objective:
         runs = float(stream in self.config.streams)
         return present * (~given.given).float().to(present.device, non_blocking=True) * runs
 
-    def _sigmas(self, batch: Batch, rng: BatchRng) -> tuple[Tensor, Tensor]:
-        """Sigmas (B,) of video and audio, on the CPU."""
-        video = self._draw_sigma(Stream.video, batch.bucket.video_tokens, rng)
-        audio = self._draw_sigma(Stream.audio, batch.bucket.audio_steps, rng)
+    def _sigmas(self, batch: Batch, rng: BatchRng, given: Conditioning) -> tuple[Tensor, Tensor]:
+        """Sigmas (B,) of video and audio, on the CPU. Beside a given stream they may follow a law of their own."""
+        video, audio = self._coupled_sigmas(batch, rng)
+        for config in self.config.conditioning:
+            if config.sigma is None:
+                continue
+            if CONDITIONS[config.kind].generated is Stream.video:
+                own = self._draw_sigma(Stream.video, batch.bucket.video_tokens, rng, config.sigma.build())
+                video = torch.where(given.audio.given, own, video)
+            else:
+                own = self._draw_sigma(Stream.audio, batch.bucket.audio_steps, rng, config.sigma.build())
+                audio = torch.where(given.video.given, own, audio)
+        return video, audio
+
+    def _coupled_sigmas(self, batch: Batch, rng: BatchRng) -> tuple[Tensor, Tensor]:
+        video = self._draw_sigma(Stream.video, batch.bucket.video_tokens, rng, self.distribution)
+        audio = self._draw_sigma(Stream.audio, batch.bucket.audio_steps, rng, self.distribution)
         without_video = batch.bucket.frames == 0 or Stream.video not in self.config.streams
         if without_video or self.config.coupling == SigmaCoupling.independent:
             return video, audio
@@ -271,9 +288,9 @@ class Objective:
             return video, video
         return video, torch.where(rng.uniform("sigma.coupling") < self.config.shared_probability, video, audio)
 
-    def _draw_sigma(self, stream: Stream, tokens: int, rng: BatchRng) -> Tensor:
+    def _draw_sigma(self, stream: Stream, tokens: int, rng: BatchRng, law: SigmaDistribution) -> Tensor:
         uniform, choice = rng.uniform(f"sigma.{stream}.uniform", (2,)).unbind(1)
-        return self.distribution.from_draws(tokens, rng.normal(f"sigma.{stream}.normal", ()), uniform, choice)
+        return law.from_draws(tokens, rng.normal(f"sigma.{stream}.normal", ()), uniform, choice)
 
     def _context(self, batch: Batch, rng: BatchRng) -> tuple[Tensor, Tensor, Tensor | None]:
         """Text features of both streams (B, L, W) and their mask, with the null context where a caption is dropped."""

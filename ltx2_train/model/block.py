@@ -86,7 +86,8 @@ class TransformerBlock(nn.Module):
         if audio:
             width = config.audio_width
             self._add_stream("audio_", width, config.audio_cross_attention_dim, config, bias=config.audio_ff_bias)
-        if video and audio:
+        self.exchanges = video and audio and config.use_audio_video_cross_attention
+        if self.exchanges:
             self._add_exchange(config)
 
     def _add_stream(self, prefix: str, width: int, context: int, config: TransformerConfig, *, bias: bool) -> None:
@@ -123,7 +124,7 @@ class TransformerBlock(nn.Module):
             video = self._attend("", video, video_inputs, keeps.video_self)
         if audio is not None and audio_inputs is not None and audio_inputs.enabled:
             audio = self._attend("audio_", audio, audio_inputs, keeps.audio_self)
-        if video is not None and audio is not None:
+        if self.exchanges and video is not None and audio is not None:
             assert video_inputs is not None
             assert audio_inputs is not None
             video, audio = self._exchange(video, audio, video_inputs, audio_inputs, keeps)

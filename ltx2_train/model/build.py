@@ -23,7 +23,8 @@ class ModelConfig:
     """Which model is trained, and what it starts from."""
 
     name: str = "demo"
-    """A named configuration: ltx2_19b, ltx2_3_22b, ltx2_5_22b, small_30m, demo, tiny. Ignored where `weights` is given."""
+    """A named configuration: ltx2_19b, ltx2_3_22b, ltx2_5_22b, small_30m, demo, bounce, tiny. Ignored where `weights` is
+    given."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of `TransformerConfig` that differ from the named configuration."""
     weights: str | None = None

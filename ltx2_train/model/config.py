@@ -31,7 +31,6 @@ FIXED_FIELDS: dict[str, Any] = {
     "qk_norm": "rms_norm",
     "positional_embedding_type": "rope",
     "use_middle_indices_grid": True,
-    "use_audio_video_cross_attention": True,
     "share_ff": False,
     "av_cross_ada_norm": True,
 }
@@ -193,6 +192,8 @@ class TransformerConfig:
     """Width of the text features before the caption projections (2.0)."""
     ff_bias: bool = True
     audio_ff_bias: bool = True
+    use_audio_video_cross_attention: bool = True
+    """The exchange between the streams, true in every released header. False builds the model without it: an ablation."""
     use_keyframes_abs_pos_embedding: bool = False
     """A learned marker on tokens that stand for a single pixel frame (2.5)."""
     connector_num_attention_heads: int = 30
@@ -350,12 +351,19 @@ def _small(heads: int, video: int, audio: int, layers: int, connector_layers: in
 
 
 RELEASED_TEXT_TOKENS = 1024
-TEXT_TOKENS = {"tiny": 16, "demo": 32, "small_30m": 64}  # rows of context; released models have 1024
+TEXT_TOKENS = {"tiny": 16, "bounce": 24, "demo": 32, "small_30m": 64}  # rows of context; released models have 1024
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ltx2_19b": _RELEASED,
     "ltx2_3_22b": _2_3,
     "ltx2_5_22b": _2_5,
     "tiny": _small(heads=2, video=20, audio=10, layers=2, connector_layers=1, registers=8),
+    "bounce": {
+        **_small(heads=4, video=40, audio=32, layers=4, connector_layers=1, registers=24),
+        # Clips of two seconds and four tokens: frequencies of 1.6 to 157 rad/s, where the released range has 0.16 to 1571.
+        "positional_embedding_theta": 100.0,
+        "positional_embedding_max_pos": [2, 64, 64],
+        "audio_positional_embedding_max_pos": [2],
+    },
     "demo": _small(heads=4, video=48, audio=40, layers=4, connector_layers=1, registers=32),
     "small_30m": _small(heads=8, video=48, audio=32, layers=6, connector_layers=1, registers=16),
 }

@@ -170,7 +170,15 @@ _CONNECTORS_EPS = 1e-6  # not an argument there
 
 
 def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
-    """`config.json` of diffusers' transformer; its arguments and the class."""
+    """`config.json` of diffusers' transformer; its arguments and the class.
+
+    Raises `ConfigError` for a model whose streams do not exchange: there is no argument for that.
+    """
+    if not config.use_audio_video_cross_attention:
+        raise ConfigError(
+            "use_audio_video_cross_attention=False: diffusers has no model without audio-video attention. "
+            "Export the official layout instead"
+        )
     time, height, width = config.positional_embedding_max_pos
     return {
         "_class_name": TRANSFORMER_CLASS,

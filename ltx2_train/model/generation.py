@@ -24,4 +24,4 @@ def generation_of(config: TransformerConfig) -> str:
         config.ff_bias,
         config.use_keyframes_abs_pos_embedding,
     )
-    return _MARKS.get(marks, UNKNOWN)
+    return _MARKS.get(marks, UNKNOWN) if config.use_audio_video_cross_attention else UNKNOWN

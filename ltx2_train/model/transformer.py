@@ -55,7 +55,7 @@ class Transformer(nn.Module):
                 self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.video_width))
         if audio:
             self._add_stream("audio_", config.audio_width, config.audio_in_channels, config.audio_out_channels)
-        if video and audio:
+        if video and audio and config.use_audio_video_cross_attention:
             self.av_ca_video_scale_shift_adaln_single = AdaLayerNormSingle(config.video_width, 4)
             self.av_ca_audio_scale_shift_adaln_single = AdaLayerNormSingle(config.audio_width, 4)
             self.av_ca_a2v_gate_adaln_single = AdaLayerNormSingle(config.video_width, 1)
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
 
     def _exchange(self, prefix: str, own: Modality, other: Modality | None, timesteps: Tensor, x: Tensor) -> tuple:
         """Scale and shift follow the stream's own timesteps; the gate follows the other stream's sigma."""
-        if other is None:
+        if other is None or not self.config.use_audio_video_cross_attention:
             return None, None, None
         stream, gate = ("audio", "v2a") if prefix else ("video", "a2v")
         modulation, _ = getattr(self, f"av_ca_{stream}_scale_shift_adaln_single")(timesteps)

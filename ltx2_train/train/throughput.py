@@ -157,7 +157,7 @@ def _layers(config: TransformerConfig, load: Load) -> Iterator[tuple[str, int, i
         yield from _attention_layers(f"{prefix}attn2", config, (rows, width), (load.text, width), width)
         yield f"{prefix}ff.net.0.proj", rows, width, 4 * width
         yield f"{prefix}ff.net.2", rows, 4 * width, width
-    if nv and na:
+    if _exchanges(config, load):
         yield from _attention_layers("audio_to_video_attn", config, (nv, dv), (na, da), da)
         yield from _attention_layers("video_to_audio_attn", config, (na, da), (nv, dv), da)
 
@@ -175,11 +175,17 @@ def _attention_layers(
 
 
 def _attention(config: TransformerConfig, load: Load) -> float:
-    """Multiply-adds of one block's six attention products, for one sample."""
+    """Multiply-adds of one block's attention products, for one sample."""
     dv, da, nv, na = config.video_width, config.audio_width, load.video, load.audio
     own = 2 * nv * nv * dv + 2 * na * na * da
     text = 2 * load.text * (nv * dv + na * da)
-    return float(own + text + 4 * nv * na * da)
+    exchange = 4 * nv * na * da if _exchanges(config, load) else 0
+    return float(own + text + exchange)
+
+
+def _exchanges(config: TransformerConfig, load: Load) -> bool:
+    """Whether the blocks have attention between the streams."""
+    return bool(load.video and load.audio and config.use_audio_video_cross_attention)
 
 
 def _head(
@@ -197,7 +203,7 @@ def _head(
         yield Product(rows, in_channels, width, fed=False, trained=trained)
         yield Product(rows, width, out_channels, trained=trained)
         yield from _adaln(load.timesteps, width, config.adaln_rows, trained)
-        if load.video and load.audio:  # the exchange and its gate
+        if _exchanges(config, load):  # the exchange and its gate
             yield from _adaln(load.timesteps, width, 4, trained)
             yield from _adaln(1, width, 1, trained)
         if config.has_prompt_adaln:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ltx2_train.batch import Batch
 from ltx2_train.diffusion.conditioning import ConditioningConfig
 from ltx2_train.diffusion.objective import Losses, Objective, ObjectiveConfig
+from ltx2_train.diffusion.sigmas import SigmaConfig
 from ltx2_train.errors import ConfigError
 from ltx2_train.model.modality import SKIP_A2V, SKIP_V2A, Modality, Velocity
 from ltx2_train.record import Bucket
@@ -158,6 +159,27 @@ def test_a_given_first_frame_is_clean_and_not_counted_and_a_lone_image_keeps_its
     assert (lone.modality.timesteps > 0).all()
     losses = aim(lambda v, a, _: Velocity(v.latent * 0, a.latent * 0), image, rng_of(image))
     assert (losses.video > 0).all()
+
+
+@pytest.mark.parametrize(("given", "left"), [("video", "audio"), ("audio", "video")])
+def test_beside_a_given_stream_the_other_may_follow_a_law_of_its_own(given, left, make_batch):
+    """And nothing else moves: neither the samples to which nothing is given, nor the noise."""
+    batch, kind = make_batch(), f"given_{given}"
+    plain = objective(given={kind: 0.5}).prepare(batch, rng_of(batch))
+    law = SigmaConfig(law="uniform", low=0.999, high=1.0)
+    config = ObjectiveConfig(conditioning=[ConditioningConfig(kind=kind, probability=0.5, sigma=law)])
+    task = Objective(config, None, True).prepare(batch, rng_of(batch))
+    is_given = getattr(task, given).has == 0
+    assert 0 < is_given.sum() < len(batch)
+    assert (getattr(task, left).sigma[is_given] >= 0.999).all()
+    assert (getattr(task, given).sigma[is_given] == 0).all()
+    assert torch.equal(getattr(task, left).sigma[~is_given], getattr(plain, left).sigma[~is_given])
+    assert torch.equal(getattr(task, left).target, getattr(plain, left).target)
+
+
+def test_a_law_of_the_other_stream_needs_one():
+    with pytest.raises(ConfigError, match="conditioning.first_frame.sigma"):
+        ConditioningConfig(kind="first_frame", sigma=SigmaConfig())
 
 
 @pytest.mark.parametrize("given", ["video", "audio"])

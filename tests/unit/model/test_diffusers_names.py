@@ -152,6 +152,11 @@ def test_hidden_states_are_counted_by_the_width_that_diffusers_takes_for_granted
         text_states(config, 36 * 4)
 
 
+def test_a_model_without_exchange_is_refused_as_diffusers_has_none():
+    with pytest.raises(ConfigError, match="use_audio_video_cross_attention=False"):
+        diffusers_config(tiny_config("2.5", use_audio_video_cross_attention=False))
+
+
 def test_connectors_that_diffusers_cannot_express_are_refused():
     with pytest.raises(ConfigError, match="connector_ff_bias=False"):
         diffusers_connectors_config(tiny_config("2.5", connector_ff_bias=False))

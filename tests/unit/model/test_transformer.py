@@ -89,6 +89,20 @@ def test_isolated_streams_equal_single_stream_models():
     assert_equal([video_only(video, None).video, audio_only(None, audio).audio], isolated)
 
 
+@torch.no_grad()
+def test_a_model_without_exchange_is_two_models_that_know_nothing_of_each_other():
+    model = tiny_model("2.3")
+    apart = Transformer(replace(model.config, use_audio_video_cross_attention=False))
+    missing = model.state_dict().keys() - apart.state_dict().keys()
+    assert {
+        n for n in missing if "audio_to_video" in n or "video_to_audio" in n or "a2v" in n or "av_ca" in n
+    } == missing
+    apart.load_state_dict({n: model.state_dict()[n] for n in apart.state_dict()})
+    video, audio, _ = inputs("2.3", "joint")
+    isolated = model(video, audio, [[("SKIP_A2V", None), ("SKIP_V2A", None)]] * 2)
+    assert_equal(apart(video, audio), isolated)
+
+
 def test_while_gradients_flow_every_module_runs_and_what_is_skipped_gets_exact_zeros():
     model = tiny_model("2.3")
     video, audio, _ = inputs("2.3", "joint")
@@ -225,6 +239,8 @@ def test_headers_go_in_and_out_unchanged():
     for name in CONFIGURATIONS:
         config = named_config(name)
         assert TransformerConfig.from_header(config.to_header()) == config
+        apart = replace(config, use_audio_video_cross_attention=False)
+        assert TransformerConfig.from_header(apart.to_header()) == apart
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,12 @@ def modality(load: Load, tokens: int, axes: int, width: int, text_gradient: bool
     )
 
 
+def test_a_model_without_exchange_costs_no_exchange():
+    config = named_config("ltx2_5_22b", SIZE | {"use_audio_video_cross_attention": False})
+    assert training_flops(config, LOAD) == counted(config, LOAD)
+    assert forward_flops(config, LOAD) == counted(config, LOAD, backward=False)
+
+
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_the_formula_counts_what_a_forward_multiplies(name):
     assert forward_flops(small(name), LOAD) == counted(small(name), LOAD, backward=False)

@@ -1,0 +1,60 @@
+"""The bounce proof: what its two trainings are, and that its figures say what the events say."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ltx2_train.model.build import transformer_config
+from tests.proofs import bounce
+from tests.unit.cli.commands import composed
+
+
+def options(out: Path, **values) -> argparse.Namespace:
+    return argparse.Namespace(**{"out": out, "docs": out / "docs", "clips": 16, "steps": 3, "samples": 4, **values})
+
+
+def clips(impacts: list[list[float]], onsets: list[list[float]]) -> list[dict]:
+    return [{"impacts": seen, "onsets": heard} for seen, heard in zip(impacts, onsets, strict=True)]
+
+
+def test_both_trainings_differ_in_the_exchange_alone(tmp_path):
+    """And the text features that the proof encodes have the widths that the model takes."""
+    joint, apart = (composed(*command.arguments) for command in bounce.train_stages(options(tmp_path)))
+    assert joint.train.run_dir != apart.train.run_dir
+    assert not transformer_config(apart.model).use_audio_video_cross_attention
+    apart.model.overrides["use_audio_video_cross_attention"] = True
+    assert transformer_config(joint.model) == transformer_config(apart.model)
+    assert (joint.objective, joint.optim, joint.data) == (apart.objective, apart.optim, apart.data)
+    widths = (
+        transformer_config(joint.model).video_connector_width,
+        transformer_config(joint.model).audio_connector_width,
+    )
+    assert (f"--video-text-width={widths[0]}", f"--audio-text-width={widths[1]}") == bounce.WIDTHS
+
+
+def test_clips_in_sync_have_f1_one_and_shuffled_ones_what_chance_gives():
+    rng = np.random.default_rng(0)
+    times = [[float(t)] for t in rng.uniform(0.3, 1.3, 200)]
+    together = clips(times, [[t[0] + 0.03] for t in times])
+    assert bounce.estimate([together]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    chance = bounce.shuffled([together])
+    assert chance["mean"] == pytest.approx(0.1, abs=0.03)  # a window of 0.1 s in a second of possible times
+    assert chance["low"] < chance["mean"] < chance["high"]
+    apart = clips(times, [*times[1:], times[0]])
+    assert chance["low"] <= bounce.estimate([apart])["mean"] <= chance["high"]
+
+
+def test_events_that_have_no_partner_lower_the_score():
+    one = clips([[0.5, 1.0]], [[0.5]])
+    assert bounce.estimate([one])["mean"] == pytest.approx(2 / 3, abs=1e-4)
+    assert bounce.tally([one]) == {
+        "clips": 1, "impacts": 2, "onsets": 1, "matched": 1, "mean_error_ms": 0.0, "offset_ms": 0.0
+    }  # fmt: skip
+    assert bounce.estimate([clips([[]], [[]])])["mean"] == 0.0
+
+
+def test_nothing_is_shuffled_into_its_own_place():
+    rng = np.random.default_rng(0)
+    assert all((bounce.derangement(5, rng) != np.arange(5)).all() for _ in range(200))
