@@ -291,7 +291,7 @@ def check_streams(job: "TrainJob") -> None:
 
 
 def check_profile(job: "TrainJob", config: "TransformerConfig") -> None:
-    """Raises `ConfigError` for a sampler profile of another generation than the released weights that the run starts from."""
+    """Raises `ConfigError` for a sampler profile of another generation than the released weights of the run."""
     from ltx2_train.diffusion.profiles import check_generation, profile
     from ltx2_train.model.generation import generation_of
 
