@@ -34,9 +34,10 @@ def generations(world: World) -> dict[str, list[Generated]]:
     """By each engine: one before a step of training, and two after it."""
     found = {}
     for name, settings in ENGINES.items():
-        engine: Engine = tiny_engine(world, **settings)
+        shared = world.sharing_samples(settings.get("sequence", 1))
+        engine: Engine = tiny_engine(shared, **settings)
         clips = [clip(engine.model)]
-        train(engine, world, 0, 1)
+        train(engine, shared, 0, 1)
         found[name] = [*clips, clip(engine.model), clip(engine.model)]
     return found
 
