@@ -72,7 +72,7 @@ def _sync_figures(clips: list[Clip], decoded: Tensor, mel: Tensor, heard: Tensor
     pairs |= {f"impacts to {name} onsets": (seen, times) for name, times in onsets.items()}
     for name, (first, second) in pairs.items():
         for tolerance in (0.03, 0.05, 0.08):
-            figures[f"F1 +-{tolerance * 1000:.0f} ms, {name}"] = sync.f1_score(first, second, tolerance)
+            figures[f"F1 +-{tolerance * 1000:.0f} ms, {name}"] = sync.f1_score(first, second, tolerance) or 0.0
         figures[f"mean abs error, ms, {name}"] = (sync.compare(first, second).mean_error or 0.0) * 1000
     for tolerance in (0.03, 0.05, 0.08):
         figures[f"chance +-{tolerance * 1000:.0f} ms"] = sync.chance_f1(seen, onsets["mel"], tolerance) or 0.0

@@ -3,7 +3,7 @@
 A dataset knows them by name, which for released ones is a fingerprint; where their files lie is a setting of this machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,27 @@ class Components:
             encoder = context_encoder(encoder, path, str(self.device))
         self._check("text_encoder", encoder.name)
         return encoder
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What stands for the weights of all parts, wherever they lie, in plain values; None of a part of no known place.
+
+        Read are headers and the beginnings of tensors. Raises as `codecs` where a place holds something else.
+        """
+        from ltx2_train import codecs
+
+        read: dict[str, Callable[[], Any]] = {
+            "video_codec": lambda: codecs.contents_of_video_codec(self._place("video_codec")),
+            "audio_codec": lambda: codecs.contents_of_audio_codec(self._place("audio_codec"), self.places.vocoder),
+            "text_encoder": lambda: self.text_encoder().name,
+        }
+        return {part: content() if self._is_placed(part) else None for part, content in read.items()}
+
+    def _is_placed(self, part: str) -> bool:
+        from ltx2_train import codecs, text
+
+        embedded = (*codecs.EMBEDDED, *text.EMBEDDED)
+        return getattr(self.places, part) is not None or self.provenance.get(part) in embedded
 
     def _place(self, part: str) -> str:
         """Where a part lies, or the name of an embedded one."""

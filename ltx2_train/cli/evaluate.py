@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if world.is_main:
                 print(line, flush=True)
     except Ltx2Error as error:
-        print(f"ltx2-evaluate: {error}", file=sys.stderr)
+        if world.is_main or not error.agreed:
+            print(f"ltx2-evaluate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -97,19 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace, world: "World") -> Iterable[str]:
     """The lines to print. All ranks walk through them together."""
     from ltx2_train.cli.runs import WEIGHTS, find_checkpoint, load_trained, run_directory
-    from ltx2_train.distributed.world import agreed
+    from ltx2_train.distributed.world import agreed, from_main
     from ltx2_train.evals.heldout import write_heldout
     from ltx2_train.evals.samples import samples_directory
 
-    checkpoint, run_dir, samples = find_checkpoint(options.run), run_directory(options.run), _samples_config(options)
+    samples = agreed(world, lambda: _samples_config(options))
+    checkpoint, run_dir = from_main(world, lambda: (find_checkpoint(options.run), run_directory(options.run)))
     measured = {}
     for weights in sorted(WEIGHTS, key=lambda name: name == options.weights):  # those to be sampled come last
         common = {"profile_name": options.profile, "base": options.base, "device": world.device}
         trained = agreed(world, partial(load_trained, checkpoint, weights=weights, **common))
         dataset = agreed(world, partial(_dataset, options, trained))
         if trained.weights == weights:  # a run without a moving average has one kind only
-            heldout = _heldout(options, trained, dataset, world)
-            measured[weights] = heldout.measure(trained.model)
+            heldout = agreed(world, partial(_heldout, options, trained, dataset, world))
+            measured[weights] = heldout.measure(agreed(world, partial(getattr, trained, "model")))
             yield from _heldout_lines(trained, measured[weights])
     write_heldout(heldout, run_dir, trained.step, measured)
     if samples is not None:
@@ -162,17 +164,21 @@ def _heldout_lines(trained: "Trained", losses: "HeldoutLosses") -> Iterable[str]
 def _sample(
     config: "SamplesConfig", trained: "Trained", dataset: "LatentDataset", world: "World", directory: Path
 ) -> Iterable[str]:
+    from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.samples import Samples, Sampling
 
-    sampling = Sampling(
-        profile=trained.profile,
-        negative=dataset.known_null_text("sampling"),
-        keyframe_marker=trained.keyframe_marker,
-        dtype=trained.dtype,
-    )
+    def built() -> tuple[Samples, dict[str, Any]]:
+        sampling = Sampling(
+            profile=trained.profile,
+            negative=dataset.known_null_text("sampling"),
+            keyframe_marker=trained.keyframe_marker,
+            dtype=trained.dtype,
+        )
+        return Samples(dataset, sampling, trained.components.codecs(), config, world), trained.identity
+
     begin = time.perf_counter()
-    samples = Samples(dataset, sampling, trained.components.codecs(), config, world)
-    summary = samples.run(trained.model, directory, step=trained.step, weights=trained.weights, origin=trained.identity)
+    samples, origin = agreed(world, built)
+    summary = samples.run(trained.model, directory, step=trained.step, weights=trained.weights, origin=origin)
     seconds, made = time.perf_counter() - begin, summary["count"] - samples.taken_up
     if samples.taken_up:
         yield f"step {trained.step}  {samples.taken_up} clips taken up from an evaluation that was broken off"
@@ -185,7 +191,7 @@ def _sample(
 def _sync_line(name: str, figures: dict[str, Any]) -> str:
     chance = "" if figures["chance"] is None else f"chance {figures['chance']:.3f}, "
     return (
-        f"  {name:<8} onset F1 at ±{figures['tolerance_ms']:.0f} ms: {_interval(figures['f1'], figures)}  "
+        f"  {name:<8} onset F1 at ±{figures['tolerance_ms']:.0f} ms: {_figure({'value': figures['f1'], **figures}, 3)}  "
         f"({chance}{figures['impacts']} impacts seen, "
         f"{figures['onsets']} onsets heard, {figures['matched']} matched, {figures['clips']} clips)"
     )

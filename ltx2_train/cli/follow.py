@@ -43,11 +43,12 @@ class Look:
 def follow(options: argparse.Namespace, world: "World") -> Iterable[str]:
     """The lines to print, until the run's last checkpoint is evaluated or a signal comes. All ranks walk through them."""
     from ltx2_train.cli.schema import CONFIG_NAME, load_job, plain
+    from ltx2_train.distributed.lock import lock_directory
+    from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.files import FOLLOW_NAME
-    from ltx2_train.train.lock import lock_directory
     from ltx2_train.train.sinks import open_evaluation_sinks
 
-    check(options)
+    agreed(world, lambda: check(options))
     run, taken = options.run, f"{options.run}: another job follows it ({{holder}}). Wait for its end or stop it"
     with Signals() as signals:
         if not _all_see(run / CONFIG_NAME, world):
@@ -57,7 +58,7 @@ def follow(options: argparse.Namespace, world: "World") -> Iterable[str]:
                 return
             signals.wait(options.poll_seconds)
         with lock_directory(run / HELD, world, taken):
-            job = load_job(run)
+            job = agreed(world, lambda: load_job(run))
             place = run / "evals" / FOLLOW_NAME
             sinks = open_evaluation_sinks(job.sinks, run, place, settings=plain(job), is_main=world.is_main)
             try:

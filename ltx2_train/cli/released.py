@@ -1,7 +1,7 @@
 """A released model out of files, to be sampled as it is or with adapters: no run, no training data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ class Released:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the weights are and where the parts around them lie, in plain values. Another one makes other clips."""
+        """What the weights are and those of the parts around them, in plain values. Another one makes other clips."""
         loras = [[open_weights(path).fingerprint, strength] for path, strength in self.loras]
-        return {"weights": fingerprint(self.weights), "loras": loras, "parts": asdict(self.components.places)}
+        return {"weights": fingerprint(self.weights), "loras": loras, "parts": self.components.contents}
 
     @cached_property
     def model(self) -> nn.Module:

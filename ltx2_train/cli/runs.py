@@ -42,8 +42,20 @@ class Trained:
 
     @cached_property
     def model(self) -> nn.Module:
-        """Filled when it is asked for first, so that what is needed before it alone does not lie beside it."""
-        return _model(self.job, self.checkpoint, self.weights, self.dtype, self.device)
+        """Filled when it is asked for first, so that what is needed before it alone does not lie beside it.
+
+        Raises `CheckpointError` where a training that goes on has removed the checkpoint meanwhile.
+        """
+        try:
+            return _model(self.job, self.checkpoint, self.weights, self.dtype, self.device)
+        except Exception as error:
+            if (self.checkpoint / MANIFEST).exists():
+                raise
+            raise CheckpointError(
+                f"{self.checkpoint}: removed while it was being opened; its run keeps only its newest checkpoints. Do it "
+                "again with the newest one, or have the run keep more (train.keep_last, train.keep_every), or sample in "
+                "step with it (ltx2-evaluate --follow)"
+            ) from error
 
     @property
     def title(self) -> str:
@@ -63,10 +75,11 @@ class Trained:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the checkpoint holds and what made its data, in plain values. Another one makes other clips."""
+        """What the checkpoint and the parts around it hold, in plain values. Another one makes other clips."""
         with (self.checkpoint / MANIFEST).open("rb") as manifest:
             digest = hashlib.file_digest(manifest, "sha256").hexdigest()
-        return {"checkpoint": digest, "weights": self.weights, "provenance": self.provenance}
+        parts = self.components.contents
+        return {"checkpoint": digest, "weights": self.weights, "provenance": self.provenance, "parts": parts}
 
     @property
     def keyframe_marker(self) -> bool:

@@ -1,11 +1,12 @@
 """`ltx2-sample`: requests to clips with sound, by the same sampler and profile as the evaluations of the run."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from ltx2_train.cli.components import ComponentsConfig
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ltx2_train.evals.clips import ClipMaker, Progress
     from ltx2_train.evals.requests import Asked, Batch, ClipRequest, Ground, Outcome
     from ltx2_train.record import TextFeatures
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Make clips from prompts: with a trained model, the newest complete checkpoint of a run, its moving average, the sampler
@@ -54,20 +57,9 @@ a line of clips.jsonl:
   {"prompt": "A drummer on a stage.", "audio": "drums.flac", "fit": true, "seed": 3, "format": ["mp4", "png"]}
 
 exit status: 0 all clips are there; 1 some could not be made; 2 none, or an option is wrong"""
-SIZES = ("frames", "width", "height", "fps")
-# Called alike as options and as fields of requests.
-REQUEST_OPTIONS = (
-    "negative",
-    "seed",
-    "count",
-    *SIZES,
-    "image",
-    "audio",
-    "video",
-    "steps",
-    "name",
-)  # as fields of requests
-PATIENCE = 7 * 86400.0  # seconds that a process which is done waits for the others: a clip may take hours
+# Seconds that a process which is done waits for the others. It is as long as shares can differ: where one process can
+# open nothing, it waits for all clips of another. One that dies ends the others at once; this is for one that hangs.
+PATIENCE = 86400.0
 EXIT_SOME, EXIT_NONE = 1, 2
 
 
@@ -113,10 +105,9 @@ def _add_request_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--image-crf", type=int, metavar="N", help=crf)
     g.add_argument("--audio", metavar="FILE", help="the sound, to which a picture is generated")
     g.add_argument("--video", metavar="FILE", help="the picture, to which sound is generated")
-    g.add_argument(
-        "--fit", action="store_true", help="cut the clip to the given sound or picture where that is shorter"
-    )
-    g.add_argument("--no-audio", action="store_true", help="a silent clip")
+    fit = "cut the clip to the given sound or picture where that is shorter"
+    g.add_argument("--fit", action="store_true", default=None, help=fit)
+    g.add_argument("--no-audio", action="store_true", default=None, dest="silent", help="a silent clip")
     g.add_argument("--profile", metavar="NAME", help="sampler profile (the one stored with the run)")
     g.add_argument(
         "--steps", type=int, metavar="N", help="sampler steps (those of the profile); heun, res_2s: two calls each"
@@ -156,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return sample(options, world)
     except Ltx2Error as error:
         if world.is_main or not error.agreed:
-            print(f"ltx2-sample: {error}", file=sys.stderr)
+            _print(f"ltx2-sample: {error}", sys.stderr)
         return EXIT_NONE
     finally:
         close_world()
@@ -168,11 +159,12 @@ def sample(options: argparse.Namespace, world: "World") -> int:
     Between the plan and the end the ranks know nothing of each other, so that none can wait for another: whatever fails
     in one becomes an outcome, and the last thing all of them do is to exchange these.
     """
-    from ltx2_train.distributed.world import agreed
+    from ltx2_train.distributed.world import agreed, from_main
     from ltx2_train.evals.requests import plan, share
 
     asked = agreed(world, lambda: read_asked(options))
-    source = agreed(world, lambda: open_model(options, world.device))
+    checkpoint = from_main(world, lambda: find_model(options))
+    source = agreed(world, lambda: open_model(options, checkpoint, world.device))
     directory = _directory(options)
 
     def planned() -> tuple[list[list["Batch"]], list["Outcome"]]:
@@ -192,21 +184,23 @@ def sample(options: argparse.Namespace, world: "World") -> int:
 
 def read_asked(options: argparse.Namespace) -> list["Asked"]:
     """The clips that are asked for. Raises `ConfigError` for what is no request, before anything is loaded."""
+    from dataclasses import fields
+
     from ltx2_train.errors import ConfigError
-    from ltx2_train.evals.requests import check_names, expanded, read_requests
+    from ltx2_train.evals.requests import ClipRequest, check_names, expanded, read_requests, split_formats
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: must be >= 1")
     if options.passes_at_once is not None and options.passes_at_once < 1:
         raise ConfigError(f"--passes-at-once {options.passes_at_once}: must be >= 1; leave it out for all of a step")
-    fields = {name: value for name in REQUEST_OPTIONS if (value := getattr(options, name)) is not None}
-    fields |= {name: True for name, given in (("silent", options.no_audio), ("fit", options.fit)) if given}
+    names = {f.name for f in fields(ClipRequest)} - {"prompt", "profile"}  # the profile is that of the model
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.format is not None:
-        fields["format"] = [name.strip() for name in options.format.split(",")]
+        given["format"] = split_formats(options.format)
     if options.requests is not None:
-        asked = read_requests(options.requests, fields)
+        asked = read_requests(options.requests, given)
     else:
-        asked = [one for text in options.prompt for one in expanded(f"--prompt {text!r}", {**fields, "prompt": text})]
+        asked = [one for text in options.prompt for one in expanded(f"--prompt {text!r}", {**given, "prompt": text})]
     check_names(asked)
     return asked
 
@@ -290,7 +284,15 @@ def _line(progress: "Progress") -> str:
 
 def _say(world: "World", line: str, *, first_only: bool = False) -> None:
     if world.is_main or not first_only:
-        print(line if world.size == 1 or first_only else f"[rank {world.rank}] {line}", flush=True)
+        _print(line if world.size == 1 or first_only else f"[rank {world.rank}] {line}", sys.stdout)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Tells a line. It never raises: a process that ended where it tells would leave the others waiting for it."""
+    try:
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError) as error:  # closed at the other end, full, or letters that it has not
+        logger.warning("not told (%s): %r", error, line)
 
 
 def _summary(outcomes: Sequence["Outcome"], world: "World") -> int:
@@ -303,29 +305,36 @@ def _summary(outcomes: Sequence["Outcome"], world: "World") -> int:
         for detail in dict.fromkeys(one.detail for one in failed):
             first, *others = [one for one in failed if one.detail == detail]
             more = f" and {len(others)} more" if others else ""
-            print(f"ltx2-sample: {first.where} ({first.name}){more}: {detail}", file=sys.stderr)
+            _print(f"ltx2-sample: {first.where} ({first.name}){more}: {detail}", sys.stderr)
         if len(outcomes) > 1 or there:
             counts = f"{len(by_state[State.made])} made, {len(there)} there already, {len(failed)} failed"
-            print(f"{len(outcomes)} clips: {counts}", flush=True)
+            _say(world, f"{len(outcomes)} clips: {counts}", first_only=True)
     if not failed:
         return 0
     return EXIT_NONE if len(failed) == len(outcomes) else EXIT_SOME
 
 
-def open_model(options: argparse.Namespace, device: Any) -> "Trained | Released":
-    """What is sampled: a run where the directory is one, released weights otherwise."""
+def find_model(options: argparse.Namespace) -> Path | None:
+    """The checkpoint that is sampled, for all processes: a run may save while they start. None for released weights."""
+    from ltx2_train.cli.runs import find_checkpoint
+
+    return find_checkpoint(options.model) if is_run(options.model) else None
+
+
+def open_model(options: argparse.Namespace, checkpoint: Path | None, device: Any) -> "Trained | Released":
+    """What is sampled: a checkpoint, or without one the released weights that the options name."""
     from ltx2_train.cli.released import load_released
     from ltx2_train.cli.runs import load_trained
     from ltx2_train.errors import ConfigError
 
     common: dict[str, Any] = {"profile_name": options.profile, "components": _components(options), "device": device}
-    if not is_run(options.model):
+    if checkpoint is None:
         if options.base is not None:
             raise ConfigError(f"--base {options.base}: {options.model} is no run. Drop --base")
         return load_released(options.model, loras=[_lora(text) for text in options.lora], **common)
     if options.lora:
         raise ConfigError("--lora goes with released weights; export the run first (ltx2-export) to add a LoRA to it")
-    return load_trained(options.model, weights=options.weights, base=options.base, **common)
+    return load_trained(checkpoint, weights=options.weights, base=options.base, **common)
 
 
 def _free() -> None:
@@ -398,6 +407,7 @@ def _data_size(trained: "Trained") -> dict[str, Any]:
 
     from ltx2_train.data.datasets import open_dataset
     from ltx2_train.errors import ConfigError, DataError
+    from ltx2_train.evals.requests import SIZES
     from ltx2_train.geometry import SPACE_SCALE, pixel_frames
 
     try:

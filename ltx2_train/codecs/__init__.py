@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ltx2_train.codecs import ltx2
 from ltx2_train.codecs.audio import AudioCodec
 from ltx2_train.codecs.dct import DctAudioCodec, DctVideoCodec
 from ltx2_train.codecs.ltx2_audio import Ltx2AudioCodec, audio_codec_name, has_audio_codec, load_audio_codec
@@ -21,6 +22,8 @@ __all__ = [
     "audio_codec_name",
     "build_audio_codec",
     "build_video_codec",
+    "contents_of_audio_codec",
+    "contents_of_video_codec",
     "has_audio_codec",
     "has_video_codec",
     "load_audio_codec",
@@ -65,6 +68,28 @@ def name_of_video_codec(name: str) -> str:
 def name_of_audio_codec(name: str) -> str:
     """The `name` of what `build_audio_codec` makes of a name or path, for which little is read. Raises likewise."""
     return DctAudioCodec.name if name in EMBEDDED else audio_codec_name(_existing(name, "audio codec"))
+
+
+def contents_of_video_codec(name: str) -> str:
+    """What stands for all of the video codec of a name or path: for its decoder too, unlike `name_of_video_codec`.
+
+    It does not depend on where the weights lie. Raises as `build_video_codec`.
+    """
+    if name in EMBEDDED:
+        return DctVideoCodec.name
+    return ltx2.whole_fingerprint(ltx2.open_component(_existing(name, "video codec"), "vae"))
+
+
+def contents_of_audio_codec(name: str, vocoder: str | None = None) -> list[str]:
+    """As `contents_of_video_codec`, of the audio codec and of the vocoder behind it, where there is one."""
+    if name in EMBEDDED:
+        return [DctAudioCodec.name]
+    path = _existing(name, "audio codec")
+    found = [ltx2.whole_fingerprint(ltx2.open_component(path, "audio_vae"))]
+    voice = path if vocoder is None else _existing(vocoder, "vocoder")
+    if vocoder is not None or ltx2.has_component(voice, "vocoder"):
+        found.append(ltx2.whole_fingerprint(ltx2.open_component(voice, "vocoder")))
+    return found
 
 
 def _existing(name: str, kind: str) -> Path:

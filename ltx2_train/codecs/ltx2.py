@@ -326,6 +326,15 @@ def fingerprint(component: Component, module: nn.Module, name_in_file: Namer, fa
     return digest.hexdigest()[:16]
 
 
+def whole_fingerprint(component: Component) -> str:
+    """SHA-256 over all tensors of a component (key, dtype, shape, first 4 KiB) and its section: of the decoder as well."""
+    digest = hashlib.sha256(json.dumps(component.section.values, sort_keys=True).encode())
+    for key, tensor in sorted(component.tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_head(tensor))
+    return digest.hexdigest()
+
+
 def _head(tensor: Stored) -> bytes:
     if not tensor.shape:
         return tensor.read().reshape(1).view(torch.uint8).numpy().tobytes()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ltx2_train.diffusion.choice import chosen
@@ -138,8 +139,14 @@ def combine(
         if other is not None and weight != 0:
             guided = guided + weight * (base - other.float())
     if guidance.rescale != 0:
-        guided = guided * (guidance.rescale * base.std() / guided.std() + (1 - guidance.rescale))
+        guided = guided * (guidance.rescale * _deviation_ratio(base, guided) + (1 - guidance.rescale))
     return guided.to(cond.dtype)
+
+
+def _deviation_ratio(base: Tensor, guided: Tensor) -> Tensor:
+    """std of `base` over that of `guided`; 1 where `guided` is the same everywhere, as silence that is given can be."""
+    deviation = guided.std()
+    return torch.where(deviation > 0, base.std() / deviation, 1.0)
 
 
 def text_direction(cond: Tensor, uncond: Tensor, guidance: GuidanceConfig) -> Tensor:

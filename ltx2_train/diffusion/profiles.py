@@ -145,6 +145,12 @@ class SamplerProfile:
             case _:
                 return self.steps
 
+    @property
+    def passes_follow_tokens(self) -> bool:
+        """Whether clips of other sizes can need other passes of guidance at the same step."""
+        follows = self.tokens is TokenRule.actual and self.schedule in (Schedule.ltx2, Schedule.shifted)
+        return follows and any(g.sigma_low > 0 or g.sigma_high < 1 for g in (self.video, self.audio))
+
     def integrate(
         self, denoise: Denoiser, noisy: State, sigmas: Tensor, draw: Draw, restore: Restore = nothing_given
     ) -> State:
@@ -172,7 +178,10 @@ class SamplerProfile:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "SamplerProfile":
-        """What `to_dict` wrote. Raises `ConfigError` on a field that is missing, unknown or out of its bound."""
+        """What `to_dict` wrote; a part or a field that it lacks has its default.
+
+        Raises `ConfigError` on a missing name, and on a field that is unknown or out of its bound.
+        """
         parts = {"settings": SamplerSettings, "video": GuidanceConfig, "audio": GuidanceConfig}
         built = {name: _from_fields(owner, plain.get(name, {}), name) for name, owner in parts.items()}
         return _from_fields(cls, {**plain, **built}, "sampler profile")

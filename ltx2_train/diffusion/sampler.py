@@ -281,8 +281,10 @@ def _change(sigma: Tensor, sigma_next: Tensor) -> float:
 
 
 def _blend(state: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
+    """What is given in full comes back bit by bit, whatever the state holds there."""
     mask = denoise_mask[..., None]
-    return state * mask + clean * (1 - mask)
+    blended = torch.where(mask == 1, state, state * mask + clean * (1 - mask))
+    return torch.where(mask == 0, clean, blended)
 
 
 def _tensors(state: Tensor | Streams) -> list[Tensor]:

@@ -131,10 +131,12 @@ class SigmaConfig:
 
 
 def shifted_schedule(steps: int, tokens: int = MAX_TOKENS) -> Tensor:
-    """(steps + 1,) fp32 from 1 down to 0: equal steps, moved towards noise by the training shift of `tokens`."""
-    sigmas = torch.linspace(1, 0, _checked(steps) + 1)
-    odds = math.exp(training_shift(tokens)) * sigmas
-    return odds / (odds + (1 - sigmas))
+    """(steps + 1,) fp32 from 1 down to 0: equal steps, moved towards noise by the training shift of `tokens`.
+
+    Raises `ConfigError` where the shift presses two of them together.
+    """
+    left, against = _even(steps), math.exp(-training_shift(tokens))
+    return _in_fp32(left / (left + (1 - left) * against), tokens)
 
 
 def ltx2_schedule(steps: int, tokens: int = MAX_TOKENS, *, terminal: float = 0.1) -> Tensor:
@@ -142,11 +144,27 @@ def ltx2_schedule(steps: int, tokens: int = MAX_TOKENS, *, terminal: float = 0.1
 
     The released pipelines leave `tokens` at 4096 whatever the size of the clip. One step has nothing to stretch.
     """
-    sigmas = shifted_schedule(steps, tokens)
-    if steps > 1:
-        distance = 1 - sigmas[:-1]
-        sigmas[:-1] = 1 - distance * ((1 - terminal) / distance[-1])
-    return sigmas
+    if _checked(steps) == 1:
+        return shifted_schedule(steps, tokens)
+    left, against = _even(steps)[:-1], math.exp(-training_shift(tokens))
+    distance = (1 - left) / (left + (1 - left) * against)  # 1 - sigma, but for a factor that the stretching cancels
+    return _in_fp32(torch.cat([1 - distance * ((1 - terminal) / distance[-1]), distance.new_zeros(1)]), tokens)
+
+
+def _even(steps: int) -> Tensor:
+    """(steps + 1,) from 1 down to 0, in fp64: the shift of many tokens leaves differences that fp32 does not have."""
+    return torch.linspace(1, 0, _checked(steps) + 1, dtype=torch.float64)
+
+
+def _in_fp32(sigmas: Tensor, tokens: int) -> Tensor:
+    """The fp64 sigmas as samplers follow them. Raises `ConfigError` where two of them fall together."""
+    rounded = sigmas.float()
+    if not (rounded.diff() < 0).all():
+        raise ConfigError(
+            f"steps={len(sigmas) - 1} for {tokens} tokens: two sigmas of the schedule are the same number in fp32; take "
+            "fewer steps, the shift of fewer tokens (tokens=fixed), or schedule=ltx2, which is stretched apart"
+        )
+    return rounded
 
 
 def linear_quadratic_schedule(steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> Tensor:

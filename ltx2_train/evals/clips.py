@@ -1,10 +1,10 @@
 """Clips made of requests: what is given is read and encoded, the rest is sampled, decoded and written."""
 
-import glob
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,13 +18,25 @@ from torch import Tensor
 from ltx2_train.codecs.resample import resample, to_stereo
 from ltx2_train.codecs.residence import at_work
 from ltx2_train.diffusion.generate import Generated, Request, generate
+from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.errors import DataError, Ltx2Error
 from ltx2_train.evals.files import write_json
-from ltx2_train.evals.requests import LATENT_STEP, Batch, Clip, Outcome, OutputFormat, State, receipt_path
+from ltx2_train.evals.requests import (
+    LATENT_STEP,
+    Batch,
+    Clip,
+    Outcome,
+    OutputFormat,
+    State,
+    begun_path,
+    check_free,
+    media_of,
+    receipt_path,
+)
 from ltx2_train.evals.samples import Codecs
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.video import VideoFile, read_video, to_frames, to_tensor
-from ltx2_train.media.write import AAC_RATES, PARTIAL, write_mp4, write_png, write_wav
+from ltx2_train.media.write import AAC_RATES, write_mp4, write_png, write_wav
 from ltx2_train.record import TextFeatures
 
 logger = logging.getLogger(__name__)
@@ -50,7 +62,16 @@ class Given:
 
     image: Tensor | None = None  # (3, 1, H, W) in [-1, 1]
     video: Tensor | None = None  # (3, F, H, W)
-    sound: Sound | None = None
+    sound: Sound | None = None  # of the clip's length at least, as far as its file goes
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A clip whose files are read: ready to be sampled."""
+
+    clip: Clip
+    given: Given
+    request: Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +91,7 @@ def read_given(clip: Clip) -> Given:
     return Given(
         image=None if request.image is None else _first_frame(request.image, request.image_crf, size),
         video=None if request.video is None else _pictures(request.video, clip.frames, clip.fps, size),
-        sound=None if request.audio is None else _sound(request.audio, clip.bucket.audio_steps),
+        sound=None if request.audio is None else _sound(request.audio, max(clip.seconds, _heard_seconds(clip))),
     )
 
 
@@ -89,10 +110,14 @@ def _pictures(path: str, frames: int, fps: float | None, size: Any) -> Tensor:
         return to_tensor(file.frames(0.0, frames, file.info.fps if fps is None else fps, size))
 
 
-def _sound(path: str, steps: int) -> Sound:
-    """As much sound as the latent steps cover."""
-    waveform, rate = read_audio(path, duration=steps * LATENT_STEP)
+def _sound(path: str, seconds: float) -> Sound:
+    waveform, rate = read_audio(path, duration=seconds)
     return Sound(to_stereo(waveform), rate)
+
+
+def _heard_seconds(clip: Clip) -> float:
+    """What the latent steps cover: up to half a step more or less than the clip."""
+    return clip.bucket.audio_steps * LATENT_STEP
 
 
 class ClipMaker:
@@ -123,31 +148,41 @@ class ClipMaker:
         self.told = dict(told or {})
 
     def make(self, batch: Batch) -> Iterator[Progress]:
-        """One batch, from its files to its media; clips that cannot be read leave the others alone."""
+        """One batch, from its files to its media; clips that cannot be read or sampled leave the others alone."""
         begin, readable = time.perf_counter(), []
         for clip in batch.clips:
             try:
                 given = read_given(clip)
-                readable.append((clip, given, self._request(clip, given)))
+                readable.append(Readable(clip, given, self._request(clip, given)))
             except Exception as error:
                 yield Progress(failure(clip, error))
-        if not readable:
-            return
+        if readable:
+            yield from self._made(readable, begin)
+
+    def _made(self, readable: Sequence[Readable], begin: float) -> Iterator[Progress]:
+        """The clips of one call of the sampler, begun at `begin`; of several that fail together, each one alone."""
+        latents: Generated | None = None
         try:
-            latents, step_seconds = self._sample(batch, [request for _, _, request in readable])
+            latents, step_seconds = self._sample([one.request for one in readable], readable[0].clip.profile)
         except Exception as error:
-            yield from (Progress(failure(clip, error)) for clip, _, _ in readable)
+            if len(readable) == 1:
+                yield Progress(failure(readable[0].clip, error))
+                return
+            logger.warning("%d clips failed together, so each is sampled alone: %s", len(readable), _reason(error))
+        if latents is None:  # behind the handler, where the error no longer holds what had been computed
+            for one in readable:
+                yield from self._made([one], time.perf_counter())
             return
         shared = (time.perf_counter() - begin) / len(readable)
-        for row, (clip, given, _) in enumerate(readable):
+        for row, one in enumerate(readable):
             begin = time.perf_counter()
             try:
-                outcome = self._finish(clip, given, latents, row, step_seconds)
+                outcome = self._finish(one.clip, one.given, latents, row, step_seconds)
             except Exception as error:
-                yield Progress(failure(clip, error))
+                yield Progress(failure(one.clip, error))
                 continue
             seconds = shared + time.perf_counter() - begin
-            yield Progress(outcome, clip.seconds, seconds, step_seconds, len(readable))
+            yield Progress(outcome, one.clip.seconds, seconds, step_seconds, len(readable))
 
     def _request(self, clip: Clip, given: Given) -> Request:
         """What is handed to the model: with the latents of what is given."""
@@ -156,7 +191,7 @@ class ClipMaker:
             latents: dict[str, Any] = {
                 "first_frame": None if given.image is None else self._encoded(given.image),
                 "given_video": None if given.video is None else self._encoded(given.video),
-                "given_audio": None if given.sound is None else self._heard(given.sound),
+                "given_audio": None if given.sound is None else self._heard(given.sound.cut(_heard_seconds(clip))),
             }
         sizes: dict[str, Any] = {
             name: getattr(asked, name) for name in ("frames", "height", "width") if getattr(asked, name)
@@ -183,9 +218,9 @@ class ClipMaker:
     def _heard(self, sound: Sound) -> Tensor:
         return self.codecs.audio.encode(sound.waveform[None].to(self.device), sound.rate)[0].cpu()
 
-    def _sample(self, batch: Batch, requests: Sequence[Request]) -> tuple[Generated, float]:
+    def _sample(self, requests: Sequence[Request], profile: SamplerProfile) -> tuple[Generated, float]:
         """The latents, on the CPU, and how long one step of the sampler took."""
-        profile, begin = batch.clips[0].profile, time.perf_counter()
+        begin = time.perf_counter()
         on_device = generate(
             self.model,
             requests,
@@ -199,22 +234,23 @@ class ClipMaker:
         return latents, (time.perf_counter() - begin) / profile.steps
 
     def _finish(self, clip: Clip, given: Given, latents: Generated, row: int, step_seconds: float) -> Outcome:
-        """Decode what was generated and write it; the receipt comes last."""
-        clear(self.directory, clip)
+        """Decode what was generated and write it; only then an earlier clip gives way, and the receipt comes last."""
+        check_free(self.directory, clip)
         if not all(bool(x[row].isfinite().all()) for x in (latents.video, latents.audio) if x is not None):
             raise DataError("the model gave NaN or infinity, so nothing is written. Try other steps or weaker guidance")
         pictures, sound = self._decoded(clip, given, latents, row)
-        files = write_clip(self.directory, clip, pictures, sound)
-        receipt = {
-            "digest": clip.digest,
-            "files": {name: (self.directory / name).stat().st_size for name in files},
-            "request": {name: getattr(clip.request, name) for name in clip.request.__slots__},
-            "profile": clip.profile.to_dict(),
-            "step_seconds": step_seconds,
-            **self.told,
-        }
-        write_json(receipt_path(self.directory, clip), receipt)
-        return Outcome(clip.where, clip.name, State.made, str(self.directory / files[0]))
+        with staged(self.directory, clip) as folder:
+            write_clip(folder, clip, pictures, sound)
+            receipt = {
+                "digest": clip.digest,
+                "files": {name: (folder / name).stat().st_size for name in clip.files},
+                "request": {name: getattr(clip.request, name) for name in clip.request.__slots__},
+                "profile": clip.profile.to_dict(),
+                "step_seconds": step_seconds,
+                **self.told,
+            }
+            settle(self.directory, clip, folder, receipt)
+        return Outcome(clip.where, clip.name, State.made, str(self.directory / clip.files[0]))
 
     def _decoded(self, clip: Clip, given: Given, latents: Generated, row: int) -> tuple[Frames | None, Sound | None]:
         """Pictures and sound of a clip. What is given is written as it came, not as the codec shows it."""
@@ -230,39 +266,57 @@ class ClipMaker:
         return None if pictures is None else to_frames(pictures), None if sound is None else sound.cut(clip.seconds)
 
 
-def clear(directory: Path, clip: Clip) -> None:
-    """Removes what an earlier clip of that name left: its receipt first, then its media, whole or begun."""
-    receipt_path(directory, clip).unlink(missing_ok=True)
-    for kind in (OutputFormat.mp4, OutputFormat.wav):
-        (directory / f"{clip.name}.{kind}").unlink(missing_ok=True)
-        for begun in directory.glob(f".{glob.escape(clip.name)}.{kind}.*{PARTIAL}"):
-            begun.unlink()
-    shutil.rmtree(directory / clip.name, ignore_errors=True)
+@contextmanager
+def staged(directory: Path, clip: Clip) -> Iterator[Path]:
+    """An empty folder in `directory` for media that are being written. It vanishes, with what is still in it."""
+    begun = begun_path(directory, clip.name)
+    folder = begun.parent / "media"
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed command
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder if begun.exists() else begun.parent)
 
 
-def write_clip(directory: Path, clip: Clip, pictures: Frames | None, sound: Sound | None) -> list[str]:
-    """Writes a clip in the formats that it is asked in; the names of its files, in that order.
+def settle(directory: Path, clip: Clip, folder: Path, receipt: Mapping[str, Any]) -> None:
+    """Puts the media of `folder` in the place of what an earlier clip of that name left. The receipt comes last.
 
-    Pictures of their own are numbered from 0 in a folder of the clip's name.
+    What lies in the directory is listed all the while, in a receipt or in `begun_path`, so that a command that is killed
+    here leaves nothing that the next one does not know.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    files = []
+    former, begun = media_of(directory, clip.name), begun_path(directory, clip.name)
+    write_json(begun, {"files": dict.fromkeys([*former, *receipt["files"]])})
+    receipt_path(directory, clip).unlink(missing_ok=True)
+    for name in former:
+        (directory / name).unlink(missing_ok=True)
+    pictures = directory / clip.name
+    if f"{clip.name}/00000.png" in former and pictures.is_dir() and not any(pictures.iterdir()):
+        pictures.rmdir()
+    for name in receipt["files"]:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (folder / name).replace(directory / name)
+    write_json(receipt_path(directory, clip), dict(receipt))
+    begun.unlink()
+
+
+def write_clip(directory: Path, clip: Clip, pictures: Frames | None, sound: Sound | None) -> None:
+    """Writes `clip.files`: a clip in the formats that it is asked in."""
     for kind in clip.request.format or ():
-        if kind == OutputFormat.png:
-            assert pictures is not None
-            files += _write_pictures(directory, clip.name, pictures)
-            continue
-        files.append(f"{clip.name}.{kind}")
+        path = directory / f"{clip.name}.{kind}"
         if kind == OutputFormat.wav:
             assert sound is not None
-            write_wav(directory / files[-1], sound.waveform, sound.rate)
-        else:
-            assert pictures is not None
-            write_film(directory / files[-1], pictures, clip.fps, sound)
-    return files
+            write_wav(path, sound.waveform, sound.rate)
+            continue
+        assert pictures is not None
+        if kind == OutputFormat.mp4:
+            _write_film(path, pictures, clip.fps, sound)
+            continue
+        for place, picture in enumerate(pictures):
+            write_png(directory / clip.name / f"{place:05d}.png", picture)
 
 
-def write_film(path: Path, pictures: Frames, fps: float, sound: Sound | None) -> None:
+def _write_film(path: Path, pictures: Frames, fps: float, sound: Sound | None) -> None:
     """Writes an mp4; sound of a rate that its format does not know is brought to one that it does."""
     if sound is not None and sound.rate not in AAC_RATES:
         sound = Sound(resample(sound.waveform, sound.rate, AAC_RATES[0]), AAC_RATES[0])
@@ -270,22 +324,14 @@ def write_film(path: Path, pictures: Frames, fps: float, sound: Sound | None) ->
     write_mp4(path, pictures, fps, *heard)
 
 
-def _write_pictures(directory: Path, name: str, pictures: Frames) -> list[str]:
-    files = [f"{name}/{place:05d}.png" for place in range(len(pictures))]
-    for file, picture in zip(files, pictures, strict=True):
-        write_png(directory / file, picture)
-    return files
-
-
 def failure(clip: Clip, error: Exception) -> Outcome:
     """What is told of a clip that could not be made; of what no user can have caused there is a traceback in the log."""
-    if isinstance(error, torch.OutOfMemoryError):
-        text = (
-            "the device has too little memory. Sample fewer clips together (--batch-size), smaller ones, or use --tile"
-        )
-    elif isinstance(error, Ltx2Error):
-        text = str(error)
-    else:
+    if not isinstance(error, torch.OutOfMemoryError | Ltx2Error):
         logger.error("%s", clip.where, exc_info=error)
-        text = f"{type(error).__name__}: {error}"
-    return Outcome(clip.where, clip.name, State.failed, text)
+    return Outcome(clip.where, clip.name, State.failed, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device has too little memory. Ask for a smaller clip, or use --passes-at-once or --tile"
+    return str(error) if isinstance(error, Ltx2Error) else f"{type(error).__name__}: {error}"

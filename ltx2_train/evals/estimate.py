@@ -12,6 +12,7 @@ from torch import Tensor
 Z_95 = 1.96  # half-width of a 95 % interval in standard errors
 RESAMPLINGS = 1000
 JACKKNIFE_GROUPS = 16
+TOO_FEW = "too few clips: no interval"
 FEW_CLIPS = 20  # below this an interval drawn from the clips themselves is rough
 
 Array = NDArray[np.float64]
@@ -47,7 +48,7 @@ class Estimate:
         if len(seen) == 1:
             return cls(mean, None, None, 1, "one clip: no interval")
         half = Z_95 * float(seen.std()) / math.sqrt(len(seen))
-        return cls(mean, mean - half, mean + half, len(seen))
+        return cls(mean, mean - half, mean + half, len(seen), few_clips(range(len(seen))))
 
     @property
     def half_width(self) -> float | None:
@@ -70,7 +71,7 @@ def bootstrap(statistic: Statistic, clips: Sequence[int]) -> Estimate:
         return _without_interval(value if math.isfinite(value) else None, clips)
     drawn = np.array([statistic(rows) for rows in _resampled(clips)])
     if not np.isfinite(drawn).any():
-        return Estimate(float(value), None, None, len(set(clips)), "too few clips: no interval")
+        return _without_interval(float(value), clips)
     low, high = np.quantile(drawn[np.isfinite(drawn)], (0.025, 0.975))
     return Estimate(float(value), float(low), float(high), len(set(clips)), few_clips(clips))
 
@@ -102,7 +103,8 @@ def few_clips(clips: Sequence[int]) -> str:
 def _without_interval(value: float | None, clips: Sequence[int]) -> Estimate:
     if value is None:
         return Estimate.missing("it is not defined for these clips")
-    return Estimate(value, None, None, len(set(clips)), "one clip: no interval")
+    count = len(set(clips))
+    return Estimate(value, None, None, count, "one clip: no interval" if count == 1 else TOO_FEW)
 
 
 def _resampled(clips: Sequence[int]) -> Iterator[NDArray[np.int64]]:

@@ -239,12 +239,16 @@ def heldout_evaluator(
 
 
 def paired_change(before: dict[str, Any], after: dict[str, Any], modality: str) -> Estimate | None:
-    """Mean difference after - before over the clips that both measurements have; None if they cannot be compared.
+    """Mean difference after - before over the clips that have the modality; None if they cannot be compared.
 
+    Not measured where a loss of either is not finite: the clips that did not diverge would hide it.
     The noise being the same, a clip's own difficulty drops out, and the interval is far narrower than that of either.
     """
     if before["sigmas"] != after["sigmas"] or before["keys"] != after["keys"]:
         return None
+    for name, mean in (("first", before[modality]["mean"]), ("later", after[modality]["mean"])):
+        if mean["mean"] is None and mean["count"]:
+            return Estimate.missing(f"the {name} loss is {mean['note']}")
     pairs = zip(before[modality]["per_clip"], after[modality]["per_clip"], strict=True)
     return Estimate.mean_of(
         torch.tensor([b - a for a, b in pairs if a is not None and b is not None], dtype=torch.float64)

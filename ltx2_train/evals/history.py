@@ -99,8 +99,8 @@ def sync_chart(run: RunRecord, marks: Marks) -> str:
     chance = [(step, one["chance"]) for step, one in found if one["chance"] is not None]
     lines = [sampled, Series("chance", [x for x, _ in chance], [y for _, y in chance], "chance dashed")]
     real = next(s.found["sync"]["real"]["f1"] for s in reversed(run.sampled) if s.found.get("sync"))
-    levels = [Level("real, through the codec", real, "real")]
-    levels += [Level(first_name(found[0][0]), found[0][1]["f1"], "before")]
+    named = [("real, through the codec", real, "real"), (first_name(found[0][0]), found[0][1]["f1"], "before")]
+    levels = [Level(name, value, style) for name, value, style in named if value is not None]
     drawn = [line for line in lines if line.y]
     return line_chart(drawn, x_label="step", y_label="onset F1", levels=levels, marks=marks)
 

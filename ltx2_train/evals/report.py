@@ -86,20 +86,25 @@ def headline(run: RunRecord) -> list[dict[str, str]]:
     tiles = []
     first, last = _before_and_after(run)
     if last:
-        for modality in MODALITIES:
-            after = last[modality]["mean"]
-            tile = {"label": f"held-out loss, {modality}", "value": f"{after['mean']:.3f}", "style": modality}
-            if first is not last and first:
-                before = first[modality]["mean"]["mean"]
-                tile["note"] = f"from {before:.3f}: {change(before, after['mean'])}"
-            tiles.append(tile)
+        tiles += [tile for modality in MODALITIES if (tile := _loss_tile(first, last, modality))]
     samples = run.samples or {}
     if samples.get("sync"):
         sampled = samples["sync"]["sampled"]
         note = f"chance {figure(sampled['chance'])}, ±{sampled['tolerance_ms']:.0f} ms, {samples['count']} clips"
-        value = f"{sampled['f1']:.2f}"
+        value = figure(sampled["f1"])
         tiles.append({"label": "sound meets picture (onset F1)", "value": value, "note": note, "style": "ink"})
     return tiles
+
+
+def _loss_tile(first: dict[str, Any] | None, last: dict[str, Any], modality: str) -> dict[str, str]:
+    """The last held-out loss of a modality, beside the first one; nothing where the clips do not have it."""
+    after = last[modality]["mean"]
+    tile = {"label": f"held-out loss, {modality}", "value": "–", "style": modality}
+    if after["mean"] is None:
+        return tile | {"note": after["note"]} if after["count"] else {}
+    tile["value"] = f"{after['mean']:.3f}"
+    before = None if first is None or first is last else first[modality]["mean"]["mean"]
+    return tile if before is None else tile | {"note": f"from {before:.3f}: {change(before, after['mean'])}"}
 
 
 def _wait_tile(run: RunRecord) -> list[dict[str, str]]:
@@ -168,6 +173,8 @@ def _heldout_row(
         text = (
             f"{paired.value:+.4f} ± {paired.half_width:.4f}".replace("-", "−")
             if paired and paired.half_width is not None
+            else paired.note
+            if paired
             else ""
         )
         row[modality] = {**losses[modality]["mean"], "change": text}
@@ -312,9 +319,15 @@ def _sync(sync: dict[str, Any] | None) -> dict[str, Any] | None:
     if not sync:
         return None
     sampled, real = sync["sampled"], sync["real"]
-    rows = [("sampled", sampled["f1"], sampled.get("low"), sampled.get("high"), "ink")]
-    if sampled["chance"] is not None:
-        rows.append(("chance", sampled["chance"], None, None, "before"))
-    rows.append(("real, through the codec", real["f1"], real.get("low"), real.get("high"), "before"))
-    table = [{"name": name, **sync[name], "chance": figure(sync[name]["chance"])} for name in ("sampled", "real")]
-    return {"svg": bars(rows), "rows": table, "tolerance_ms": sampled["tolerance_ms"]}
+    rows = [
+        ("sampled", sampled["f1"], sampled.get("low"), sampled.get("high"), "ink"),
+        ("chance", sampled["chance"], None, None, "before"),
+        ("real, through the codec", real["f1"], real.get("low"), real.get("high"), "before"),
+    ]
+    told = {name: {key: figure(side[key]) for key in ("f1", "chance")} for name, side in sync.items()}
+    table = [{"name": name, **sync[name], **told[name]} for name in ("sampled", "real")]
+    return {
+        "svg": bars([row for row in rows if row[1] is not None]),
+        "rows": table,
+        "tolerance_ms": sampled["tolerance_ms"],
+    }

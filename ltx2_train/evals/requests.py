@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,12 +17,15 @@ from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.errors import ConfigError, DataError, Ltx2Error
 from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, TIME_SCALE, audio_latent_length, latent_frames, latent_size
 from ltx2_train.media.probe import MediaInfo, probe
+from ltx2_train.media.write import PARTIAL
 from ltx2_train.model.modality import Stream
 from ltx2_train.record import Bucket
 
 SIZES = ("frames", "width", "height", "fps")
 MEDIA = ("image", "audio", "video")  # fields that name files
 PROMPT_CHARACTERS = 60  # of a prompt in a file name
+PROMPT_BYTES = 180  # of the same, for letters that take several
+NAME_BYTES = 230  # of a file name without suffix: file systems take 255, and files that are being written need some
 LATENT_STEP = 1 / AUDIO_STEPS_PER_SECOND  # s; less sound than this is not missed
 MAX_CRF = 51  # the coarsest quality of H.264
 RECEIPT_VERSION = 1  # raise when the same request would be made otherwise: everything is made again then
@@ -86,12 +90,20 @@ class ClipRequest:
                 raise ConfigError(f"{name}={value}: must be >= {least}")
         if self.fps is not None and not self.fps > 0:
             raise ConfigError(f"fps={self.fps}: must be > 0")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name[0] == "."):
-            raise ConfigError(f"name={self.name!r}: must be a file name without folders that does not begin with a dot")
+        self._check_name()
         self.format = None if self.format is None else [chosen(OutputFormat, x, "format").value for x in self.format]
         if self.format == []:
             raise ConfigError(f"format: empty; give some of {', '.join(OutputFormat)}")
         self._check_givens()
+
+    def _check_name(self) -> None:
+        """Raises for a name that no file can have, or that would leave the folder."""
+        if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name[0] == "."):
+            raise ConfigError(f"name={self.name!r}: must be a file name without folders that does not begin with a dot")
+        if (size := len(self.file_name.encode())) > NAME_BYTES:
+            raise ConfigError(
+                f"name: {self.file_name[:20]!r}... takes {size} bytes with its seed; must be <= {NAME_BYTES}. Shorten it"
+            )
 
     def _check_givens(self) -> None:
         """Raises for things that exclude each other, or leave nothing to generate."""
@@ -131,13 +143,25 @@ def _check_type(name: str, value: Any) -> None:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
         raise ConfigError(f"{name}={value!r}: must be {wanted[kinds[-1]]}")
+    if isinstance(value, str):
+        _check_text(name, value)
+
+
+def _check_text(name: str, value: str) -> None:
+    """Raises for what cannot be written as UTF-8, and for what no path can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        letter = value[error.start]
+        raise ConfigError(f"{name}: letter {error.start + 1} is {letter!r}, which UTF-8 has not. Correct it") from error
+    if "\0" in value and name in ("name", *MEDIA):
+        raise ConfigError(f"{name}={value!r}: a NUL, which no file name has. Leave it out")
 
 
 def _slug(prompt: str) -> str:
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-") or "sample"
-    if len(words) <= PROMPT_CHARACTERS:
-        return words
-    return f"{words[:PROMPT_CHARACTERS].strip('-')}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"
+    cut = words[:PROMPT_CHARACTERS].encode()[:PROMPT_BYTES].decode(errors="ignore")
+    return words if cut == words else f"{cut.strip('-')}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +202,7 @@ def read_requests(path: Path, defaults: Mapping[str, Any]) -> list[Asked]:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[_Entry]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON allows the other separators of lines inside of strings
         if not line.strip():
             continue
         try:
@@ -228,15 +252,27 @@ def _asked(entry: _Entry, path: Path, defaults: Mapping[str, Any]) -> list[Asked
             line = entry.lines.get(name, entry.line)
             raise ConfigError(f"{path}:{line}: unknown field {name!r}{hint}. The fields: {', '.join(known)}")
     where = f"{path}:{entry.line}"
-    return expanded(where, dict(defaults) | _placed(entry.fields, path.parent))
+    return expanded(where, _suiting(defaults, entry.fields) | _placed(entry.fields, path.parent))
+
+
+def _suiting(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults without those about files that the request has not."""
+    named = {name for name in MEDIA if (dict(defaults) | dict(given)).get(name)}
+    needs = {"fit": {"audio", "video"}, "image_crf": {"image"}}
+    return {name: value for name, value in defaults.items() if name not in needs or needs[name] & named}
 
 
 def _placed(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields with files relative to a folder, and one format as a list of one."""
+    """The fields with files relative to a folder, and formats between commas as a list."""
     placed = {n: str(folder / v) if n in MEDIA and isinstance(v, str) else v for n, v in given.items()}
     if isinstance(placed.get("format"), str):
-        placed["format"] = [placed["format"]]
+        placed["format"] = split_formats(placed["format"])
     return placed
+
+
+def split_formats(text: str) -> list[str]:
+    """Formats between commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def expanded(where: str, given: Mapping[str, Any]) -> list[Asked]:
@@ -314,6 +350,16 @@ class Clip:
     def seconds(self) -> float:
         return self.frames / self.fps
 
+    @property
+    def files(self) -> list[str]:
+        """Its media, as they are called in their directory; pictures of their own are numbered in a folder."""
+        listed = []
+        for kind in self.request.format or ():
+            is_folder = kind == OutputFormat.png
+            pictures = [f"{self.name}/{place:05d}.png" for place in range(self.frames)]
+            listed += pictures if is_folder else [f"{self.name}.{kind}"]
+        return listed
+
 
 class State(StrEnum):
     """What became of a clip."""
@@ -334,19 +380,51 @@ class Outcome:
 
 
 def plan(asked: Sequence[Asked], ground: Ground, directory: Path) -> tuple[list[Clip], list[Outcome]]:
-    """The clips to be made, and what is known of the others: those that are there, and those that cannot be made."""
+    """The clips to be made, and what is known of the others: those that are there, and those that cannot be made.
+
+    Raises `ConfigError` for a directory that cannot be written.
+    """
+    _check_directory(directory)
     clips, outcomes = [], []
     for one in asked:
         try:
             clip = _clip(one, ground)
+            if (receipt := read_receipt(directory, clip)) is not None:
+                first = str(directory / next(iter(receipt["files"])))
+                outcomes.append(Outcome(one.where, clip.name, State.there, first))
+                continue
+            check_free(directory, clip)
+            clips.append(clip)
         except (Ltx2Error, OSError) as error:
             outcomes.append(Outcome(one.where, one.request.file_name, State.failed, str(error)))
-            continue
-        if (receipt := read_receipt(directory, clip)) is not None:
-            outcomes.append(Outcome(one.where, clip.name, State.there, str(directory / next(iter(receipt["files"])))))
-        else:
-            clips.append(clip)
-    return clips, outcomes
+    eaten = _eaten(clips, directory)
+    return [clip for clip in clips if clip.name not in eaten], outcomes + list(eaten.values())
+
+
+def _check_directory(directory: Path) -> None:
+    """Raises where nothing can be written into a directory that may have to be made."""
+    found = next((place for place in (directory, *directory.absolute().parents) if os.path.lexists(place)), Path("/"))
+    if not found.is_dir():
+        raise ConfigError(f"--out {directory}: {found} is no directory. Name another place")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {directory}: {found} cannot be written. Name another place, or allow it")
+
+
+def _eaten(clips: Sequence[Clip], directory: Path) -> dict[str, Outcome]:
+    """The clips whose given files would be written over or removed by a clip to be made, by name."""
+    place = directory.resolve()
+    written = {place / file: clip for clip in clips for file in (*clip.files, *media_of(directory, clip.name))}
+    eaten = {}
+    for clip in clips:
+        for field in MEDIA:
+            path = getattr(clip.request, field)
+            if path is not None and (other := written.get(Path(path).resolve())) is not None:
+                detail = (
+                    f"{field}={path}: a file that this command writes ({other.where}), and it would be lost. "
+                    "Give the clip another name, or another --out"
+                )
+                eaten[clip.name] = Outcome(clip.where, clip.name, State.failed, detail)
+    return eaten
 
 
 def _clip(one: Asked, ground: Ground) -> Clip:
@@ -487,13 +565,54 @@ def receipt_path(directory: Path, clip: Clip) -> Path:
 
 def read_receipt(directory: Path, clip: Clip) -> dict[str, Any] | None:
     """The receipt of exactly this clip, if its files are there in full size; else None."""
-    try:
-        receipt = json.loads(receipt_path(directory, clip).read_text(encoding="utf-8"))
-        files = dict(receipt["files"])
-        is_whole = all((directory / name).stat().st_size == size for name, size in files.items())
-        return receipt if receipt["digest"] == clip.digest and files and is_whole else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that something else wrote or damaged
+    receipt = _listing(receipt_path(directory, clip))
+    if receipt is None or receipt.get("digest") != clip.digest or not receipt["files"]:
         return None
+    try:
+        is_whole = all((directory / name).stat().st_size == size for name, size in receipt["files"].items())
+    except OSError:  # one of them is gone
+        return None
+    return receipt if is_whole else None
+
+
+def begun_path(directory: Path, name: str) -> Path:
+    """The list of the media that a clip of that name removes and places, there while it does so."""
+    return directory / f".{name}{PARTIAL}" / "files.json"
+
+
+def media_of(directory: Path, name: str) -> list[str]:
+    """The media that an earlier clip of that name left: what its receipt lists, or the list of one that was killed.
+
+    Nothing else in the directory is ours to remove.
+    """
+    receipt = directory / f"{name}.json"
+    found = _listing(receipt if os.path.lexists(receipt) else begun_path(directory, name))
+    own = re.compile(rf"{re.escape(name)}(\.mp4|\.wav|/\d{{5,}}\.png)")
+    return [file for file in (found or {"files": {}})["files"] if own.fullmatch(file)]
+
+
+def check_free(directory: Path, clip: Clip) -> None:
+    """Raises `ConfigError` where something that no earlier clip left lies where this one would be written."""
+    action = "Give the clip another name, or another --out, or move that away"
+    receipt, folder = receipt_path(directory, clip), directory / clip.name
+    if os.path.lexists(receipt) and "digest" not in (_listing(receipt) or {}):
+        raise ConfigError(f"{receipt}: there already, and not written by this program. {action}")
+    own, wanted = set(media_of(directory, clip.name)), clip.files
+    if OutputFormat.png in (clip.request.format or ()):
+        inside = [f"{clip.name}/{entry.name}" for entry in folder.iterdir()] if folder.is_dir() else [clip.name]
+        wanted = [*wanted, *inside]
+    foreign = next((file for file in wanted if file not in own and os.path.lexists(directory / file)), None)
+    if foreign is not None:
+        raise ConfigError(f"{directory / foreign}: there already, and no receipt of this program lists it. {action}")
+
+
+def _listing(path: Path) -> dict[str, Any] | None:
+    """A file of ours that lists media with their sizes; None where there is none, or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
 
 
 # -- sharing -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ltx2_train.codecs.video import VideoCodec
 from ltx2_train.data.datasets import LatentDataset
 from ltx2_train.diffusion.generate import Generated, Request, generate
 from ltx2_train.diffusion.profiles import SamplerProfile
+from ltx2_train.distributed.lock import lock_directory
 from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.estimate import bootstrap
@@ -25,8 +26,7 @@ from ltx2_train.evals.film import Film
 from ltx2_train.evals.heldout import WorldLike, by_bucket, share, spread
 from ltx2_train.evals.metrics import Clip, Measured, Settings, build_metrics, check_names, figures, measure, names
 from ltx2_train.evals.metrics.metric import share as share_of
-from ltx2_train.evals.metrics.timing import match_counts
-from ltx2_train.evals.sync import TOLERANCE, compare
+from ltx2_train.evals.sync import TOLERANCE, compare, match_counts
 from ltx2_train.evals.unfinished import Done, Unfinished
 from ltx2_train.geometry import SPACE_SCALE, pixel_frames
 from ltx2_train.media.video import to_frames
@@ -154,14 +154,24 @@ class Samples:
         That file is written last and holds all of it or is not there. `origin` tells what the weights are, by their
         content: then samples that the same weights and settings had made when a run was broken off are not made again.
         Only the model runs in all ranks together, so only the model stands between reading and the rest: what fails in
-        those is raised on all ranks.
+        those is raised on all ranks. Raises `ConfigError` on all of them while another process writes there.
         """
+        taken = (
+            f"{directory}: another evaluation is writing there ({{holder}}). Wait for its end or stop it, or name another "
+            "directory (--out)"
+        )
+        with lock_directory(directory, self.world, taken):
+            return self._run(model, directory, step, weights, origin)
+
+    def _run(
+        self, model: Callable[..., Any], directory: Path, step: int, weights: str, origin: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         unfinished = Unfinished(directory, self._settings(step, weights, origin))
         done = self._done(unfinished, anew=origin is None)
         self.taken_up = len(done)
         mine: dict[int, Done] = {}
         left = [number for number in range(len(self.indices) * self.config.seeds) if number not in done]
-        for group, counted in share(by_bucket(left, self._bucket, self.config.batch_size), self.world):
+        for group, counted in self._turns(left):
             takes = agreed(self.world, partial(self._read, group))
             generated = self._sample(model, [take.request for take in takes])
             mine |= agreed(self.world, partial(self._finish, takes if counted else [], generated, unfinished))
@@ -186,6 +196,19 @@ class Samples:
             "config": asdict(self.config),
             "metrics": [[metric.name, metric.unit] for metric in self.metrics],
         }
+
+    def _turns(self, numbers: Sequence[int]) -> list[tuple[list[int], bool]]:
+        """The samples of this rank turn by turn, and whether they count.
+
+        In a turn all ranks run the same modules at every step, or the ranks of a sharded model would wait for each other:
+        clips of the same streams, and of the same size where the profile's passes of guidance follow from it.
+        """
+        alike: dict[tuple[bool, bool, int], list[list[int]]] = {}
+        for group in by_bucket(numbers, self._bucket, self.config.batch_size):
+            bucket = self._bucket(group[0])
+            tokens = bucket.video_tokens if self.sampling.profile.passes_follow_tokens else 0
+            alike.setdefault((bucket.frames > 0, bucket.audio_steps > 0, tokens), []).append(group)
+        return [turn for groups in alike.values() for turn in share(groups, self.world)]
 
     def _bucket(self, number: int) -> Bucket:
         return self.dataset.index.bucket(self.indices[number % len(self.indices)])
@@ -339,6 +362,7 @@ def sync_figures(
 ) -> dict[str, dict[str, Any]] | None:
     """Onset F1, chance, counts and a bootstrap interval, of the sampled and of the real clips; None without sound.
 
+    F1 is None where there is no event at all, neither seen nor heard.
     `entries` as in samples.json; `clips`: which clip each is a sample of.
     """
     found = {}
@@ -356,13 +380,13 @@ def _sync_of(sides: Sequence[dict[str, Any]], tolerance: float, clips: Sequence[
     numbers = [clips[i] for i in whole]
     result = compare(seen, heard, tolerance, numbers)
     counts = np.array([match_counts(a, b, tolerance) for a, b in zip(seen, heard, strict=True)])
-    interval = bootstrap(lambda drawn: share_of(counts, drawn), numbers)
+    score = bootstrap(lambda drawn: share_of(counts, drawn), numbers)
     return {
         "clips": result.num_clips,
         "tolerance_ms": 1000 * result.tolerance,
         "f1": result.f1,
-        "low": interval.low,
-        "high": interval.high,
+        "low": score.low,
+        "high": score.high,
         "chance": result.chance,
         "impacts": result.num_impacts,
         "onsets": result.num_onsets,

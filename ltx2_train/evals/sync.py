@@ -4,7 +4,7 @@ Impacts are for clips in which one bright or coloured thing falls and bounces be
 the energy of motion stands beside the strength of onsets: their correlation, its lag, and their peaks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,7 +47,7 @@ class SyncResult:
     num_impacts: int
     num_onsets: int
     num_matched: int
-    f1: float
+    f1: float | None  # None without any event
     chance: float | None  # F1 of the same sets with the sound of other clips; None for a single clip
     mean_error: float | None  # mean absolute difference of matched pairs; None without any
     offset: float | None  # median of onset - impact over matched pairs; None without any
@@ -211,14 +211,18 @@ def match(first: Sequence[float], second: Sequence[float], tolerance: float) -> 
     return differences
 
 
-def f1_score(seen: Sequence[Sequence[float]], heard: Sequence[Sequence[float]], tolerance: float = TOLERANCE) -> float:
-    """F1 of one-to-one matches within `tolerance` s, micro-averaged over clips; 0 when there are no events at all."""
-    matched = sum(len(match(a, b, tolerance)) for a, b in zip(seen, heard, strict=True))
-    return _f1(matched, sum(map(len, seen)), sum(map(len, heard)))
+def match_counts(seen: Sequence[float], heard: Sequence[float], tolerance: float) -> tuple[float, float]:
+    """Twice the matches and the events of a clip: over clips, the ratio of their sums is F1."""
+    return 2.0 * len(match(seen, heard, tolerance)), float(len(seen) + len(heard))
 
 
-def _f1(matched: int, num_seen: int, num_heard: int) -> float:
-    return 2 * matched / (num_seen + num_heard) if num_seen + num_heard else 0.0
+def f1_score(
+    seen: Sequence[Sequence[float]], heard: Sequence[Sequence[float]], tolerance: float = TOLERANCE
+) -> float | None:
+    """F1 of one-to-one matches within `tolerance` s, micro-averaged over clips; None when there are no events at all."""
+    counts = [match_counts(a, b, tolerance) for a, b in zip(seen, heard, strict=True)]
+    events = sum(whole for _, whole in counts)
+    return sum(part for part, _ in counts) / events if events else None
 
 
 def chance_f1(
@@ -236,8 +240,9 @@ def chance_f1(
     scores = []
     for k in range(1, min(shifts, len(heard) - 1) + 1):
         pairs = [(i, (i + k) % len(heard)) for i in range(len(seen)) if clips[i] != clips[(i + k) % len(heard)]]
-        if pairs:
-            scores.append(f1_score([seen[i] for i, _ in pairs], [heard[j] for _, j in pairs], tolerance))
+        score = f1_score([seen[i] for i, _ in pairs], [heard[j] for _, j in pairs], tolerance)
+        if score is not None:
+            scores.append(score)
     return float(np.mean(scores)) if scores else None
 
 
@@ -254,20 +259,14 @@ def compare(
     if len(seen) != len(heard):
         raise DataError(f"{len(seen)} clips seen and {len(heard)} heard; need the same clips in the same order")
     differences = [d for a, b in zip(seen, heard, strict=True) for d in match(a, b, tolerance)]
-    num_seen, num_heard = sum(map(len, seen)), sum(map(len, heard))
     return SyncResult(
         tolerance=tolerance,
         num_clips=len(seen),
-        num_impacts=num_seen,
-        num_onsets=num_heard,
+        num_impacts=sum(map(len, seen)),
+        num_onsets=sum(map(len, heard)),
         num_matched=len(differences),
-        f1=_f1(len(differences), num_seen, num_heard),
+        f1=f1_score(seen, heard, tolerance),
         chance=chance_f1(seen, heard, tolerance, clips=clips),
         mean_error=float(np.mean(np.abs(differences))) if differences else None,
         offset=float(np.median(differences)) if differences else None,
     )
-
-
-def sync(videos: Iterable[Tensor], mels: Iterable[Tensor], fps: float, tolerance: float = TOLERANCE) -> SyncResult:
-    """Agreement of picture and sound: videos (3, F, H, W) in [-1, 1], log-mels (2, T, M) of the embedded codec."""
-    return compare([impacts(video, fps) for video in videos], [onsets(mel) for mel in mels], tolerance)

@@ -6,17 +6,22 @@ and the file that names them is written last: whoever reads it finds everything.
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ltx2_train.evals.files import write_json
 
+logger = logging.getLogger(__name__)
+
+MEDIA = ("media", "strip", "mel")  # entries of a clip in samples.json that name files
 PREFIX = "unfinished-"
 PARTIAL = ".partial"
 NO_STRIP = np.empty(0, dtype=np.uint8)
@@ -41,12 +46,13 @@ class Unfinished:
         self.place = directory / f"{PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def open(self, *, anew: bool) -> dict[int, Done]:
-        """The samples that are done, none if `anew`; those of other settings are removed."""
+        """The samples that are done, none if `anew`; those of other settings are removed. What was cut short is not done."""
         for other in self.directory.glob(f"{PREFIX}*"):
             if anew or other != self.place:
                 shutil.rmtree(other)
         self.place.mkdir(parents=True, exist_ok=True)
-        return {int(path.stem): _read(path) for path in sorted(self.place.glob("*.npz"))}
+        read = {int(path.stem): _read(path) for path in sorted(self.place.glob("[0-9]*.npz"))}
+        return {number: done for number, done in read.items() if done is not None}
 
     def keep(self, number: int, done: Done) -> None:
         """Write a sample, whole or not at all."""
@@ -58,8 +64,14 @@ class Unfinished:
         partial.replace(path)
 
     def close(self, name: str, contents: dict[str, Any]) -> None:
-        """Move the media where they belong, write `contents` as `name` behind them, and remove the folder."""
+        """Move the media where they belong, write `contents` as `name` behind them, and remove the folder.
+
+        What the last `name` tells of goes with it.
+        """
+        old = _told(self.directory / name)
         (self.directory / name).unlink(missing_ok=True)
+        for other in old:
+            other.unlink(missing_ok=True)
         for path in self.place.iterdir():
             if path.suffix not in (".npz", PARTIAL):
                 path.replace(self.directory / path.name)
@@ -67,7 +79,24 @@ class Unfinished:
         shutil.rmtree(self.place)
 
 
-def _read(path: Path) -> Done:
-    with np.load(path, allow_pickle=False) as arrays:
-        strip = arrays["strip"]
-        return Done(**json.loads(str(arrays["text"])), strip=strip if strip.size else None)
+def _read(path: Path) -> Done | None:
+    """None, with a warning, for a file that is not whole: a machine that died may leave one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            strip = arrays["strip"]
+            return Done(**json.loads(str(arrays["text"])), strip=strip if strip.size else None)
+    except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s is not whole (%s); the sample is made again", path, error)
+        return None
+
+
+def _told(path: Path) -> list[Path]:
+    """The files beside a samples.json that it names; none, with a warning, if it cannot be read."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        logger.warning("%s cannot be read (%s); media that it names stay", path, error)
+        return []
+    sides = [entry.get(side, {}) for entry in found.get("clips", []) for side in ("sampled", "real")]
+    names = [side.get(kind) for side in sides for kind in MEDIA] + [found.get("sheet")]
+    return [path.parent / name for name in names if name and Path(name).name == name]

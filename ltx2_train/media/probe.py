@@ -20,6 +20,7 @@ Source = str | Path | bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff")  # and WebP: RIFF....WEBP
+SIXTEEN_TO_EIGHT = 257  # white is 65535 and 255
 GRID_TOLERANCE = 0.25  # share of a frame's time by which a frame may miss the grid of a constant rate
 MAX_DENOMINATOR = 1001  # frame rates are fractions such as 30000/1001
 DURATION_SLACK = 0.1  # seconds that a file may end before its header says so
@@ -312,14 +313,19 @@ def _probe_image(source: Source, label: str) -> MediaInfo:
 
 
 def open_image(source: Source, label: str) -> Any:
-    """A Pillow image in sRGB, turned upright. Raises `DataError` naming the file for a damaged one."""
+    """A Pillow image in sRGB, turned upright; what is transparent lies on black, and 16 bits become 8.
+
+    Raises `DataError` naming the file for a damaged one.
+    """
     from PIL import Image, ImageCms, ImageOps
 
     try:
         with Image.open(file_or_bytes(source)) as opened_image:
             name, profile = opened_image.format, opened_image.info.get("icc_profile")
             upright = ImageOps.exif_transpose(opened_image)
-            if profile and upright.mode == "RGB":
+            may_be_profiled = upright.mode in ("RGB", "RGBA")
+            upright = _on_black(_eight_bit(upright))
+            if profile and may_be_profiled:
                 srgb = ImageCms.createProfile("sRGB")
                 source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
                 upright = ImageCms.profileToProfile(upright, source_profile, srgb) or upright
@@ -328,3 +334,22 @@ def open_image(source: Source, label: str) -> Any:
         raise DataError(f"{label}: damaged image ({error}). Replace or remove it") from error
     image.info["format_name"] = name
     return image
+
+
+def _eight_bit(image: Any) -> Any:
+    """A picture of 16-bit grey in 8 bits: Pillow itself would make everything but the darkest white."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) / SIXTEEN_TO_EIGHT).round().clip(0, 255).astype(np.uint8))
+
+
+def _on_black(image: Any) -> Any:
+    """What is seen of a picture before black; Pillow itself would show what lies hidden where it is transparent."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB")

@@ -18,6 +18,10 @@ class ThreadWorld:
     sequence: int = 1
 
     @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
     def data_rank(self) -> int:
         return self.rank // self.sequence
 
@@ -39,6 +43,9 @@ class ThreadWorld:
         gathered = list(self.values)
         self.barrier.wait()
         return gathered
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.gather_objects(value)[0]
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         return torch.stack(self.gather_objects(tensor)).sum(dim=0)

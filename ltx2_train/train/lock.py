@@ -1,22 +1,11 @@
 """One run per run directory: a second start of the same command must not touch what the first one writes."""
 
-import errno
-import fcntl
-import logging
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from ltx2_train.distributed.world import World, agreed
-from ltx2_train.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-LOCK = ".lock"
-_TAKEN = (errno.EACCES, errno.EAGAIN)
+from ltx2_train.distributed.lock import lock_directory
+from ltx2_train.distributed.world import World
 
 
 @contextmanager
@@ -28,62 +17,3 @@ def lock_run(run_dir: Path, world: World) -> Iterator[None]:
     )
     with lock_directory(run_dir, world, taken):
         yield
-
-
-@contextmanager
-def lock_directory(directory: Path, world: World, taken: str) -> Iterator[None]:
-    """Holds the directory, made if need be, until the context ends. Called by all ranks; rank 0 holds the lock.
-
-    Raises `ConfigError` on all ranks when another process holds it, saying `taken` with {holder} filled in. The kernel
-    lets go of it with the process, however that ends. A directory that nothing was written into is removed again.
-    """
-    held = agreed(world, lambda: _take(Path(directory), taken) if world.is_main else None)
-    try:
-        yield
-    finally:
-        if held is not None:
-            _let_go(held, Path(directory))
-
-
-def _take(directory: Path, taken: str) -> IO[str]:
-    path = directory / LOCK
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-        if not _lock(file, directory):
-            holder = path.read_text() or "just started"
-            file.close()
-            raise ConfigError(taken.replace("{holder}", holder))
-        if _is_still(path, file):
-            break
-        file.close()  # the run that held it has ended and removed it meanwhile
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def _lock(file: IO[str], directory: Path) -> bool:
-    """Whether this process holds the lock. A record lock: flock's would be shared with forked data readers."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _TAKEN:
-            return False
-        logger.warning("%s cannot be locked (%s): nothing keeps a second one from using it", directory, error)
-    return True
-
-
-def _is_still(path: Path, file: IO[str]) -> bool:
-    """Whether the open file is the one that others will find at the path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _let_go(file: IO[str], directory: Path) -> None:
-    with file:
-        (directory / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: the rule
-            directory.rmdir()

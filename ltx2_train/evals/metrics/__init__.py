@@ -108,5 +108,5 @@ def _rows(metric: Metric, measured: Sequence[Measured], clips: Sequence[int]) ->
 
 def _estimate(metric: Metric, rows: Rows, real: Rows) -> Estimate:
     if not len(rows.values) or (metric.compares and not len(real.values)):
-        return Estimate.missing(f"no clip has {' and '.join(sorted(metric.needs))} to measure it on")
+        return Estimate.missing(f"no clip has {' and '.join(sorted(metric.needs))} that it can be measured on")
     return metric.summarise(rows, real)

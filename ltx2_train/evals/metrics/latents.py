@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ltx2_train.evals.estimate import Array, Estimate, bootstrap, jackknife
+from ltx2_train.evals.estimate import TOO_FEW, Array, Estimate, bootstrap, jackknife
 from ltx2_train.evals.metrics.metric import Clip, Part, Rows, Settings
 
 CLIPS_PER_FEATURE = 2  # with fewer clips the distance is mostly their small number
@@ -92,6 +92,8 @@ class Diversity:
                 pairs = np.diag(times) @ is_pair
             return float((pairs * distances).sum() / pairs.sum()) if pairs.any() else float("nan")
 
+        if not self.within and len(set(rows.clips)) == 2:  # one distance, which drawing again cannot vary
+            return Estimate(mean_distance(np.arange(len(clips))), None, None, 2, TOO_FEW)
         return bootstrap(mean_distance, rows.clips)
 
 

@@ -12,7 +12,7 @@ def onset_f1(settings: Settings) -> Share:
     """F1 of impacts seen and onsets heard. Made for things that bounce before a still background."""
 
     def counts(clip: Clip) -> tuple[float, float]:
-        return match_counts(clip.film.impacts, clip.film.onsets, settings.tolerance)
+        return sync.match_counts(clip.film.impacts, clip.film.onsets, settings.tolerance)
 
     return Share(name="onset_f1", unit="", needs=BOTH, of=counts)
 
@@ -22,7 +22,7 @@ def sync_peaks_f1(settings: Settings) -> Share:
 
     def counts(clip: Clip) -> tuple[float, float]:
         peaks = sync.motion_peaks(clip.film.motion_energy, clip.film.fps)
-        return match_counts(peaks, clip.film.onsets, settings.tolerance)
+        return sync.match_counts(peaks, clip.film.onsets, settings.tolerance)
 
     return Share(name="sync_peaks_f1", unit="", needs=BOTH, of=counts)
 
@@ -45,11 +45,6 @@ def sync_correlation(settings: Settings) -> PerClip:
         return None if both is None else sync.correlation(both)
 
     return PerClip(name="sync_correlation", unit="", needs=BOTH, of=of)
-
-
-def match_counts(seen: list[float], heard: list[float], tolerance: float) -> tuple[float, float]:
-    """Twice the matches and the events of a clip: over clips, the ratio of their sums is F1."""
-    return 2.0 * len(sync.match(seen, heard, tolerance)), float(len(seen) + len(heard))
 
 
 def _curves(clip: Clip) -> sync.Curves | None:

@@ -5,12 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from ltx2_train.cli import evaluate
+from ltx2_train.cli import evaluate, runs
+from ltx2_train.cli.components import Components
+from ltx2_train.distributed import world as world_module
+from ltx2_train.distributed.world import World
+from ltx2_train.errors import CheckpointError
+from ltx2_train.testing.threads import on_ranks
 from ltx2_train.train.checkpoint import complete_checkpoints
 from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
 
@@ -98,6 +105,59 @@ def test_an_evaluation_that_is_killed_leaves_nothing_half_written_and_is_taken_u
 def test_a_setting_that_cannot_be_is_named(place, capsys, options, said):
     assert evaluate.main([str(place / "run"), "--samples", "1", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["model", "codecs"])
+def test_what_cannot_be_opened_on_one_rank_ends_all_of_them(place, tmp_path, monkeypatch, part):
+    owner, name = {"model": (runs, "_model"), "codecs": (Components, "codecs")}[part]
+    works, broken = getattr(owner, name), []
+
+    def fails_on_one(*args):
+        broken.append(threading.get_ident())
+        if broken[0] == threading.get_ident():
+            raise CheckpointError("shard 3 cannot be read on this rank")
+        return works(*args)
+
+    monkeypatch.setattr(owner, name, fails_on_one)
+    options = evaluate.parser().parse_args([str(place / "run"), "--samples", "1", "--out", str(tmp_path)])
+
+    def failure(world):
+        with pytest.raises(CheckpointError, match="shard 3") as caught:
+            list(evaluate.evaluate(options, world))
+        return caught.value.agreed
+
+    assert on_ranks(2, failure) == [True, True]
+
+
+def test_all_ranks_evaluate_the_checkpoint_that_the_first_one_found(place, monkeypatch):
+    """The run saves between the look of one rank and that of the next; it would be another model on each."""
+    (saved,) = complete_checkpoints(place / "run")
+    looked, find = [], runs.find_checkpoint
+
+    def found(directory):
+        if directory == saved:
+            return find(directory)
+        looked.append(directory)
+        return saved if len(looked) == 1 else saved.with_name("step-00000003")
+
+    monkeypatch.setattr(runs, "find_checkpoint", found)
+    options = evaluate.parser().parse_args([str(place / "run")])
+    first, second = on_ranks(2, lambda world: list(evaluate.evaluate(options, world)))
+    assert first == second
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize(("together", "said"), [(True, ""), (False, "ltx2-evaluate: it is gone\n")])
+def test_an_error_of_all_ranks_is_told_by_the_first(monkeypatch, capsys, together, said):
+    def fails(options, world):
+        error = CheckpointError("it is gone")
+        error.agreed = together
+        raise error
+
+    monkeypatch.setattr(evaluate, "evaluate", fails)
+    monkeypatch.setattr(world_module, "init_world", lambda: World(1, 2, 1, torch.device("cpu")))
+    assert evaluate.main(["RUN"]) == 2
+    assert capsys.readouterr().err == said
 
 
 def test_clips_of_another_codec_are_refused(place, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_the_strength_of_a_lora_is_any_number(given, path, strength):
 
 def test_codecs_are_opened_once_for_all_held_out_datasets(place, monkeypatch):
     opened: list[Components] = []
-    monkeypatch.setattr(Components, "codecs", lambda self: opened.append(self))
+    monkeypatch.setattr(Components, "codecs", lambda self: opened.append(self) or SimpleNamespace(movable=()))
     job = composed("experiment=lora", f"model.weights={place / 'ltx-2.3.safetensors'}", "data.datasets.0.path=data")
     assert job.evaluation.samples is not None
     assert job.evaluation.samples.batch_size == 1, "of full-size clips"

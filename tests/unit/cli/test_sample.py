@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import weakref
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from ltx2_train.cli import sample
+from ltx2_train.cli import runs, sample
 from ltx2_train.cli.components import Components, ComponentsConfig
 from ltx2_train.diffusion.profiles import profile
 from ltx2_train.distributed.world import World
-from ltx2_train.errors import ConfigError
+from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.evals import clips
 from ltx2_train.media.probe import probe
 from ltx2_train.media.write import write_png
@@ -24,6 +26,7 @@ from ltx2_train.record import TextFeatures
 from ltx2_train.testing import run_on_ranks
 from ltx2_train.testing.ranks import RankError
 from ltx2_train.testing.released import write_release
+from ltx2_train.weightfile import open_weights, write_weights
 from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
 from tests.unit.media.media_files import ramp_frames
 
@@ -117,7 +120,7 @@ def killed_in_the_third(world: World, arguments: list[str]) -> int:
     write, written = clips.write_json, []
 
     def write_or_die(path, values):
-        if len(written) == 2:
+        if len(written) == 5:  # a list of what is placed and a receipt for each
             os.kill(os.getpid(), signal.SIGKILL)
         written.append(path)
         write(path, values)
@@ -216,6 +219,86 @@ def test_help_shows_every_mode(capsys):
     assert all(word in told for word in ("--image", "--audio", "--video", "--requests", "torchrun", "exit status"))
 
 
+def test_options_of_a_request_are_its_fields():
+    options = [
+        "--image",
+        "i.png",
+        "--image-crf",
+        "33",
+        "--seed",
+        "0",
+        "--no-audio",
+        "--fps",
+        "12",
+        "--format",
+        "mp4,png",
+    ]
+    [one] = sample.read_asked(sample.parser().parse_args(["run", "--prompt", "a", *options]))
+    request = one.request
+    assert (request.image, request.image_crf, request.silent, request.fps) == ("i.png", 33, True, 12.0)
+    assert (request.seed, request.fit, request.format) == (0, False, ["mp4", "png"])
+
+
+def changed(path: Path, part: str, to: Path) -> Path:
+    """A copy with another first tensor among those of a part."""
+    weights = dict(open_weights(path).stored)
+    key = next(key for key in weights if part in key)
+    write_weights(to, weights | {key: weights[key].read() + 1}, safe_open(path, "pt").metadata())
+    return to
+
+
+def test_a_clip_is_known_by_the_contents_of_all_parts(tmp_path):
+    """Wherever they lie: another decoder, of which the codec's name says nothing, and another vocoder."""
+
+    def contents(**more):
+        places = {"video_codec": release.video_vae, "audio_codec": release.audio_vae, "vocoder": release.vocoder} | more
+        return Components(ComponentsConfig(**{name: str(path) for name, path in places.items()})).contents
+
+    release = write_release(tmp_path, "2.5")
+    found = contents()
+    assert found["text_encoder"] is None, "its place is not known"
+    moved = shutil.copy(release.video_vae, tmp_path / "moved.safetensors")
+    assert contents(video_codec=moved) == found
+    decoder = changed(release.video_vae, "decoder", tmp_path / "decoder.safetensors")
+    assert contents(video_codec=decoder)["video_codec"] != found["video_codec"]
+    voice = changed(release.vocoder, "vocoder", tmp_path / "voice.safetensors")
+    assert contents(vocoder=voice)["audio_codec"] != found["audio_codec"]
+
+
+def with_two_troubles(world: World, run: Path, arguments: list[str]) -> int:
+    """Samples where the second process would find a newer checkpoint, and cannot tell anything."""
+    if world.is_main:
+        return on_rank(world, [str(run), *arguments])[0][0]
+    found = runs.find_checkpoint
+    runs.find_checkpoint = lambda place: found(place) if place != run else Path("of another step")
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="ascii")) as out:
+        out.close()
+        return sample.sample(sample.parser().parse_args([str(run), *arguments]), world)
+
+
+def test_ranks_sample_one_checkpoint_and_need_nobody_who_listens(run, tmp_path):
+    arguments = ["--prompt", "a ball", "--count", "2", "--steps", "1", "--format", "wav", "--out", str(tmp_path)]
+    assert run_on_ranks(with_two_troubles, 2, run, arguments) == [0, 0]
+    assert len(sounds(tmp_path)) == 2
+
+
+def test_a_checkpoint_that_its_run_has_removed_is_told(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    trained = runs.load_trained(tmp_path / "run")
+    shutil.rmtree(trained.checkpoint)
+    with pytest.raises(CheckpointError, match=r"removed while it was being opened.*train\.keep_last"):
+        trained.model  # noqa: B018
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_runs(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = [str(run), "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "file" / "sub")]
+    assert sample.main(command) == sample.EXIT_NONE
+    told = capsys.readouterr()
+    assert "file is no directory" in told.err
+    assert "per step" not in told.out
+
+
 # -- memory ---
 
 
@@ -255,7 +338,7 @@ class Source:
 
 def test_the_text_encoder_is_gone_when_the_model_is_filled(monkeypatch, tmp_path):
     source = Source()
-    monkeypatch.setattr(sample, "open_model", lambda options, device: source)
+    monkeypatch.setattr(sample, "open_model", lambda options, checkpoint, device: source)
     assert sample.main(["run", "--prompt", "a", "--count", "2", *CLIP, "--out", str(tmp_path)]) == sample.EXIT_NONE
     assert source.is_filled
 

@@ -52,6 +52,15 @@ def test_full_rescale_restores_the_deviation():
     torch.testing.assert_close(out.std(), waves()[0].std())
 
 
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_a_constant_prediction_is_not_rescaled(rescale):
+    """Silence that is given has no deviation: 0 / 0 is no factor."""
+    cond, uncond = torch.full((4, 3), 0.5), torch.full((4, 3), 0.25)
+    guided = combine(cond, uncond, None, None, GuidanceConfig(cfg=3.0, rescale=rescale))
+    assert torch.equal(guided, torch.ones(4, 3))
+    assert torch.equal(combine(*[torch.zeros(4, 3)] * 4, FULL), torch.zeros(4, 3))
+
+
 def test_guidance_keeps_the_dtype_and_computes_in_fp32():
     low = [wave.bfloat16() for wave in waves()]
     exact = combine(*(wave.float() for wave in low), FULL)

@@ -236,6 +236,15 @@ def test_what_is_given_is_held_through_all_calls(sampler):
     torch.testing.assert_close(out[1], torch.zeros(5, 4), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30])
+def test_what_is_given_comes_back_bit_by_bit_whatever_the_state_holds(wrong):
+    clean, mask = torch.randn(1, 3, 2), torch.tensor([[0.0, 1, 0]])
+    clean[0, 1] = wrong
+    state = torch.tensor([[[wrong, wrong], [0.1, 0.2], [wrong, wrong]]])
+    expected = torch.stack([clean[0, 0], torch.tensor([0.1, 0.2]), clean[0, 2]])[None]
+    assert torch.equal(restoring(clean, mask)(state), expected)
+
+
 def test_a_half_given_token_is_a_blend():
     clean, mask = torch.ones(1, 1, 2), torch.full((1, 1), 0.25)
     denoised = holding(lambda noisy, sigma: torch.zeros_like(noisy), restoring(clean, mask))(clean, torch.tensor(1.0))

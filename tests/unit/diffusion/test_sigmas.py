@@ -59,6 +59,23 @@ def test_every_schedule_descends_from_one_to_zero(schedule, steps):
     assert (sigmas.diff() < 0).all()
 
 
+@pytest.mark.parametrize("tokens", [40_800, 52_400, 130_560, 5_000_000])
+def test_the_stretched_schedule_of_very_many_tokens_has_a_limit(tokens):
+    """The share of signal of step i against that of the last before 0 goes to i n / ((n - i) (n - 1)) without a shift."""
+    steps = 15
+    limit = [1 - 0.9 * i / (steps - i) / (steps - 1) for i in range(steps)]
+    sigmas = ltx2_schedule(steps, tokens)
+    torch.testing.assert_close(sigmas, torch.tensor([*limit, 0.0]), atol=1e-5, rtol=0)
+    assert (sigmas.diff() < 0).all()
+    assert (sigmas[0], sigmas[-1]) == (1, 0)
+
+
+def test_a_shift_that_presses_sigmas_together_is_refused_by_the_number_of_tokens():
+    assert shifted_schedule(24, 32_640)[-1] == 0
+    with pytest.raises(ConfigError, match="steps=24 for 60000 tokens: .*tokens=fixed"):
+        shifted_schedule(24, 60_000)
+
+
 def test_a_schedule_without_steps_is_refused():
     for schedule in (ltx2_schedule, beta_schedule):
         with pytest.raises(ConfigError, match="steps=0"):

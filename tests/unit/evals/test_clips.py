@@ -164,6 +164,42 @@ def test_nothing_is_written_of_latents_with_nan(tmp_path, codecs):
     assert "NaN" in progress.outcome.detail
 
 
+class LongTexts(EmptyTexts):
+    """One prompt is longer than the model takes."""
+
+    def __missing__(self, text: str) -> TextFeatures:
+        rows = 9 if text == "p1" else 1
+        return TextFeatures(torch.zeros(rows, 4), torch.zeros(rows, 4))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(ValueError("too long"), "too long"), (torch.OutOfMemoryError("CUDA"), "too little memory")]
+)
+def test_one_that_cannot_be_sampled_leaves_its_batch_alone(tmp_path, codecs, monkeypatch, error, told):
+    """A prompt that is too long for the model, or too much for the device, in a batch of three."""
+
+    def limited(model, requests, profile, **more):
+        if any(len(request.text.video) > 1 for request in requests):
+            raise error
+        return generate(model, requests, profile, **more)
+
+    generate = clips_module.generate
+    monkeypatch.setattr(clips_module, "generate", limited)
+    batch = planned(tmp_path, {}, {}, {})
+    outcomes = [p.outcome for p in ClipMaker(to_zero, codecs, LongTexts(), tmp_path, device=CPU).make(batch)]
+    assert sorted((o.where, o.state.value) for o in outcomes) == [("0", "made"), ("1", "failed"), ("2", "made")]
+    assert told in next(o.detail for o in outcomes if o.state == State.failed)
+
+
+def test_a_given_sound_is_written_to_the_end_of_the_clip(tmp_path, codecs, media, latents):
+    """17 frames at 30 per second are 0.567 s; the latent steps of their sound cover 0.560 s."""
+    sound = {"audio": str(media / "sound.wav"), "fps": 30.0, "format": ["wav"]}
+    (clip,), _ = made(tmp_path, codecs, sound)
+    waveform, rate = read_audio(media / "sound.wav", duration=0.56)
+    assert torch.equal(latents[0][1].audio[0], codecs.audio.encode(waveform[None], rate)[0]), "what the model hears"
+    assert read_audio(tmp_path / f"{clip.name}.wav")[0].shape[1] == round(17 / 30 * 32000)
+
+
 def test_a_model_that_breaks_fails_every_clip_of_the_batch(tmp_path, codecs):
     def breaks(*arguments):
         raise RuntimeError("a kernel")
@@ -172,18 +208,62 @@ def test_a_model_that_breaks_fails_every_clip_of_the_batch(tmp_path, codecs):
     assert [p.outcome.detail for p in progress] == ["RuntimeError: a kernel"] * 2
 
 
+def broken(times: int):
+    """Writes JSON so many times, then the disk is full."""
+    left = iter(range(times))
+
+    def write(path, values):
+        if next(left, None) is None:
+            raise OSError("no space left")
+        write_json(path, values)
+
+    write_json = clips_module.write_json
+    return write
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
 def test_the_receipt_comes_last_and_a_remade_clip_leaves_nothing_of_the_former(tmp_path, codecs, monkeypatch):
     (clip,), _ = made(tmp_path, codecs, {"format": ["png", "wav"]})
     assert read_receipt(tmp_path, clip) is not None
-    (tmp_path / f".{clip.name}.wav.x1{PARTIAL}").write_bytes(b"begun and killed")
+    begun = tmp_path / f".{clip.name}{PARTIAL}" / "media" / "x.wav"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"begun and killed")
     with monkeypatch.context() as patch:
-        patch.setattr(clips_module, "write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        patch.setattr(clips_module, "write_json", broken(1))
         (shorter,), (progress,) = made(tmp_path, codecs, {"frames": 9, "format": ["png"]})
     assert "no space left" in progress.outcome.detail
     assert read_receipt(tmp_path, shorter) is None
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [f"{i:05d}.png" for i in range(9)]
+    pictures = [f"{clip.name}/{i:05d}.png" for i in range(9)]
+    assert files(tmp_path) == [f".{clip.name}{PARTIAL}/files.json", *pictures], "what it placed is listed"
     made(tmp_path, codecs, {"frames": 9, "format": ["png"]})
     assert read_receipt(tmp_path, shorter) is not None
+    assert files(tmp_path) == [f"{clip.name}.json", *pictures]
+    made(tmp_path, codecs, {"frames": 9, "format": ["wav"]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{clip.name}.json", f"{clip.name}.wav"]
+
+
+@pytest.mark.parametrize("failing", ["model", "disk"])
+def test_a_clip_that_cannot_be_made_anew_leaves_the_former(tmp_path, codecs, monkeypatch, failing):
+    (clip,), _ = made(tmp_path, codecs, {"format": ["mp4", "wav"]})
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    if failing == "disk":
+        monkeypatch.setattr(clips_module, "write_json", broken(0))
+    model = to_nan if failing == "model" else to_zero
+    _, (progress,) = made(tmp_path, codecs, {"frames": 9, "format": ["wav"]}, model=model)
+    assert progress.outcome.state == State.failed
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert read_receipt(tmp_path, clip) is not None
+
+
+def test_what_came_there_while_a_clip_was_sampled_is_left(tmp_path, codecs):
+    batch = planned(tmp_path, {"format": ["wav"]})
+    path = tmp_path / f"{batch.clips[0].name}.wav"
+    path.write_bytes(b"of someone else")
+    (progress,) = ClipMaker(to_zero, codecs, EmptyTexts(), tmp_path, device=CPU).make(batch)
+    assert (progress.outcome.state, path.read_bytes()) == (State.failed, b"of someone else")
 
 
 def test_silence_and_sound_alone_are_written_as_asked(tmp_path, codecs):

@@ -14,6 +14,7 @@ from ltx2_train.evals.estimate import Estimate
 from ltx2_train.evals.heldout import (
     Heldout,
     HeldoutConfig,
+    HeldoutLosses,
     by_bucket,
     heldout_evaluator,
     heldout_path,
@@ -143,6 +144,22 @@ def test_better_weights_are_told_from_worse_by_paired_clips(dataset):
     assert change.high - change.low < width
 
 
+def test_a_clip_that_diverged_is_not_left_out_of_a_pair():
+    """Two clips got better and one has no finite loss: no change may be told. A clip without sound is another matter."""
+
+    def measured(video: list[float], audio: list[float]) -> dict:
+        columns = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (video, audio))
+        return HeldoutLosses(("a", "b", "c"), (0.5,), *columns).to_dict()
+
+    before = measured([1.0, 1.0, 1.0], [1.0, 1.0, math.nan])
+    after = measured([0.5, 0.5, math.inf], [0.5, 0.5, math.nan])
+    for pair, which in (((before, after), "later"), ((after, before), "first")):
+        change = paired_change(*pair, "video")
+        assert change.value is None
+        assert change.note == f"not measured: the {which} loss is not finite in 1 of 3 clips"
+    assert paired_change(before, after, "audio").value == -0.5
+
+
 def test_measurements_of_other_sigmas_are_not_compared(dataset):
     first, second = on_one_rank(dataset).to_dict(), on_one_rank(dataset, sigmas=[0.5]).to_dict()
     assert paired_change(first, second, "video") is None
@@ -200,6 +217,7 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_clips():
     few, many = Estimate.mean_of(torch.randn(10).abs()), Estimate.mean_of(torch.randn(1000).abs())
     assert few.low < few.value < few.high
     assert many.half_width < few.half_width
+    assert (few.note, many.note) == ("few clips: the interval is rough under 20", "")
 
 
 def test_one_clip_has_a_mean_and_no_interval():

@@ -1,6 +1,7 @@
 """Metrics without outside weights: what they must say of sets whose answer is known."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_clipping_is_the_share_of_samples_at_full_scale():
 def test_a_silent_set_has_no_loudness_and_a_mute_one_has_no_sound_figures():
     silent = estimated("loudness", [clip(np.zeros((2, RATE)))] * 3)["sampled"]
     assert silent["value"] is None
-    assert silent["note"].startswith("not measured: ")
+    assert silent["note"] == "not measured: no clip has sound that it can be measured on"
     for name in metrics.names():
         found = estimated(name, [clip(None, torch.zeros(3, 9, 8, 8))])
         json.dumps(found, allow_nan=False)
@@ -249,6 +250,16 @@ def test_diversity_tells_prompts_from_seeds():
     alike = estimated("diversity_video", [at(1.0)] * 6, clips=clips, real=sampled[:3])
     assert alike["sampled"]["value"] == 0
     assert "sample several seeds" in estimated("seed_diversity_video", sampled[:3])["sampled"]["note"]
+
+
+def test_one_distance_has_no_interval(bounces):
+    found = estimated("diversity_video", bounces[:2])["sampled"]
+    assert found["value"] > 0
+    assert (found["low"], found["high"], found["count"]) == (None, None, 2)
+    assert found["note"] == "too few clips: no interval"
+    assert estimated("frechet_video", bounces[:2], bounces[:2])["sampled"]["note"].startswith("2 clips of 512 wanted")
+    of_three = jackknife(lambda rows: float(len(rows)) if len(rows) > 2 else math.nan, [0, 1, 2])
+    assert of_three.note == "too few clips: no interval"
 
 
 # -- figures and their intervals ---------------------------------------------------------------------------------------

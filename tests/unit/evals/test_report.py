@@ -12,7 +12,7 @@ import pytest
 from ltx2_train.errors import DataError
 from ltx2_train.evals.charts import Level, Series, StepMark, bars, line_chart, number, ticks
 from ltx2_train.evals.comparison import differing, short_names, write_comparison
-from ltx2_train.evals.report import change, duration, smooth, write_report
+from ltx2_train.evals.report import change, duration, headline, smooth, write_report
 from ltx2_train.evals.runrecord import read_run
 
 MEDIA = {"00-sampled.mp4": b"sampled film", "00-real.mp4": b"real film", "strip.png": b"frames", "sheet.png": b"sheet"}
@@ -116,6 +116,16 @@ def test_the_page_tells_before_and_after_sync_and_what_was_left_out(run_dir):
     assert "0.61" in text
     assert "chance 0.21" in text
     assert "clip-7: video holds NaN" in text
+
+
+def test_a_score_that_is_not_there_is_a_dash(run_dir):
+    place = run_dir / "evals" / "samples-00000200" / "samples.json"
+    samples = json.loads(place.read_text())
+    samples["sync"]["sampled"] |= {"f1": None, "chance": None}
+    place.write_text(json.dumps(samples))
+    text = write_report(run_dir).read_text()
+    assert "chance –" in text
+    assert "real, through the codec" in text
 
 
 def test_text_from_captions_and_configs_is_escaped(run_dir):
@@ -352,3 +362,18 @@ def test_differences_and_names_are_those_that_matter():
 def test_more_runs_than_colours_are_refused(run_dir):
     with pytest.raises(DataError, match="at most 8"):
         write_comparison([run_dir] * 9, run_dir / "x.html", [{}] * 9)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(2, True), (0, False)], ids=["not finite", "no sound"])
+def test_a_loss_without_a_value_is_a_dash_or_nothing(run_dir, count, shown):
+    path = sorted((run_dir / "evals").glob("heldout-*.json"))[-1]
+    found = json.loads(path.read_text())
+    missing = {"mean": None, "low": None, "high": None, "count": count, "note": "not finite in 1 of 2 clips"}
+    for weights in (value for value in found.values() if isinstance(value, dict)):
+        weights["audio"]["mean"] = missing
+    path.write_text(json.dumps(found))
+    tiles = {tile["label"]: tile for tile in headline(read_run(run_dir))}
+    assert tiles["held-out loss, video"]["value"] != "–"
+    assert ("held-out loss, audio" in tiles) is shown
+    if shown:
+        assert (tiles["held-out loss, audio"]["value"], tiles["held-out loss, audio"]["note"]) == ("–", missing["note"])

@@ -19,6 +19,7 @@ from ltx2_train.evals.requests import (
     State,
     check_names,
     expanded,
+    media_of,
     plan,
     read_receipt,
     read_requests,
@@ -114,6 +115,10 @@ def test_options_hold_for_requests_that_do_not_say_otherwise(tmp_path):
         ("a.jsonl", '{"prompt": "a", "count": 0}', "count=0: must be >= 1"),
         ("a.jsonl", '{"prompt": "a", "fps": 0}', "fps=0: must be > 0"),
         ("a.jsonl", '{"prompt": "a", "name": "../x"}', "name='../x': must be a file name without folders"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "half \\ud83d"}', r"a.jsonl:2: prompt: letter 6 is '.ud83d'"),
+        ("a.jsonl", '{"prompt": "a", "name": "x\\u0000"}', "a.jsonl:1: name=.* a NUL"),
+        ("a.jsonl", '{"prompt": "a", "audio": "x\\u0000"}', "a.jsonl:1: audio=.* a NUL"),
+        ("a.jsonl", f'{{"prompt": "a", "name": "{"x" * 250}"}}', "takes 252 bytes with its seed; must be <= 230"),
         ("a.jsonl", '{"prompt": "a", "audio": "a", "video": "v"}', "video and audio: they exclude each other"),
         ("a.jsonl", '{"prompt": "a", "image": "a", "video": "v"}', "video and image: they exclude each other"),
         ("a.jsonl", '{"prompt": "a", "video": "v", "silent": true}', "video and silent: they exclude"),
@@ -125,6 +130,25 @@ def test_options_hold_for_requests_that_do_not_say_otherwise(tmp_path):
 def test_what_is_no_request_is_refused_with_its_line(tmp_path, name, text, message):
     with pytest.raises(ConfigError, match=message):
         read_requests(written(tmp_path, name, text), {})
+
+
+def test_a_line_ends_where_json_says_so(tmp_path):
+    """JSON allows what Unicode calls ends of lines inside of strings."""
+    prompts = ["one\u2028two", "one\u0085two", "one\u2029two"]
+    text = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    assert [one.request.prompt for one in read_requests(written(tmp_path, "a.jsonl", text), {})] == prompts
+
+
+def test_options_about_files_hold_for_requests_that_name_such_files(tmp_path):
+    entries = [{}, {"audio": "a.wav"}, {"image": "i.png"}]
+    lines = written(tmp_path, "a.jsonl", "\n".join(json.dumps({"prompt": "a", **entry}) for entry in entries))
+    read = [one.request for one in read_requests(lines, {"fit": True, "image_crf": 33})]
+    assert [(request.fit, request.image_crf) for request in read] == [(False, None), (True, None), (False, 33)]
+
+
+def test_formats_between_commas_are_those_of_a_list(tmp_path):
+    lines = written(tmp_path, "a.jsonl", '{"prompt": "a", "format": "mp4, png"}\n{"prompt": "b", "format": "wav"}')
+    assert [one.request.format for one in read_requests(lines, {})] == [["mp4", "png"], ["wav"]]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -225,6 +249,75 @@ def test_one_that_fails_leaves_the_others(tmp_path):
     clips, outcomes = plan(asked, GROUND, tmp_path)
     assert [clip.where for clip in clips] == ["0", "2"]
     assert [(o.where, o.state) for o in outcomes] == [("1", State.failed)]
+
+
+# -- what is there already ---
+
+
+def test_a_given_file_that_would_be_written_over_is_refused(tmp_path, media):
+    sound = tmp_path / "drum-0.wav"
+    sound.write_bytes((media / "second.wav").read_bytes())
+    fields = {"name": "drum", "audio": str(sound), "fit": True}
+    assert re.search("drum-0.wav: there already, and no receipt", planned(tmp_path, **fields, format=["wav"]))
+    assert planned(tmp_path, **fields).files == ["drum-0.mp4"], "of other names than what is given"
+
+
+def test_a_given_file_that_the_same_command_makes_anew_is_refused(tmp_path, media):
+    """A film that was made before, of which the one clip is made again and the other is to get its sound."""
+    film = tmp_path / "dog-0.mp4"
+    film.write_bytes((media / "film.mp4").read_bytes())
+    (tmp_path / "dog-0.json").write_text(json.dumps({"digest": "former", "files": {film.name: film.stat().st_size}}))
+    asked = [*expanded("one", {"prompt": "a", "name": "dog"}), *expanded("two", {"prompt": "b", "video": str(film)})]
+    [clip], [outcome] = plan(asked, GROUND, tmp_path)
+    assert (clip.where, outcome.where, outcome.state) == ("one", "two", State.failed)
+    assert "a file that this command writes (one)" in outcome.detail
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path)
+    for path in (film, linked / film.name):
+        detail = planned(tmp_path, name="dog", video=str(path), format=["wav"])
+        assert "a file that this command writes (here)" in detail, "also where only its removal would harm it"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("shard-0/precious.tar", {"format": ["png"]}),
+        ("shard-0", {"format": ["png"]}),
+        ("shard-0.mp4", {}),
+        ("shard-0.json", {}),
+    ],
+)
+def test_what_no_earlier_clip_left_is_not_touched(tmp_path, path, fields):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text('{"files": {}}')
+    detail = planned(tmp_path, name="shard", **fields)
+    assert isinstance(detail, str)
+    assert f"{tmp_path / path}: there already" in detail
+    assert not isinstance(planned(tmp_path, name="other", **fields), str)
+
+
+def test_a_folder_that_a_clip_does_not_write_is_no_matter(tmp_path):
+    (tmp_path / "shard-0").mkdir()
+    assert planned(tmp_path, name="shard").files == ["shard-0.mp4"]
+
+
+def test_a_receipt_gives_no_leave_to_remove_what_is_no_media_of_the_clip(tmp_path):
+    files = ["../a.mp4", "b-0.mp4", "a-0.mp4", "a-0.wav", "a-0/00001.png", "a-0/../x.png", "a-0.txt"]
+    (tmp_path / "a-0.json").write_text(json.dumps({"digest": "", "files": dict.fromkeys(files, 1)}))
+    assert media_of(tmp_path, "a-0") == ["a-0.mp4", "a-0.wav", "a-0/00001.png"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is no directory"):
+        planned(tmp_path / "file" / "sub")
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u4e2d", "\U00020000"])
+def test_names_of_long_prompts_are_names_of_files(tmp_path, letter):
+    name = ClipRequest(prompt=letter * 300).file_name
+    (tmp_path / f".{name}.mp4.12345678.partial").write_text("")
+    assert name != ClipRequest(prompt=letter * 301).file_name
 
 
 # -- receipts ---

@@ -1,6 +1,8 @@
 """Samples: every file that is promised, the same clips on any number of ranks, sync of what is really heard."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -10,7 +12,10 @@ import torch
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.data.datasets import open_dataset
 from ltx2_train.data.synthetic import WorldConfig, bounce_clip
+from ltx2_train.diffusion.guidance import GuidanceConfig
 from ltx2_train.diffusion.profiles import SamplerProfile, Schedule
+from ltx2_train.diffusion.sigmas import shifted_schedule
+from ltx2_train.distributed.lock import LOCK
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.metrics import names
 from ltx2_train.evals.samples import (
@@ -23,6 +28,7 @@ from ltx2_train.evals.samples import (
     peaks,
     request_like,
     strip,
+    sync_figures,
 )
 from ltx2_train.media.probe import probe
 from ltx2_train.model.modality import Velocity
@@ -184,6 +190,34 @@ def test_every_caption_is_sampled_by_as_many_seeds(dataset, codecs, tmp_path):
     assert summary["metrics"]["motion"]["sampled"]["count"] == 2, "an interval over clips, not over seeds"
 
 
+def test_ranks_run_the_same_modules_whatever_the_size_of_their_clips(codecs, tmp_path):
+    """The ranks of a sharded model gather weights together: with guidance in an interval of sigmas that follow the size,
+    clips of two sizes side by side would guide at different steps. Seen as the rows that each forward holds."""
+    sizes = [Bucket(2, 1, 1, 3), Bucket(16, 2, 1, 3)]
+    write_latent_dataset(tmp_path / "data", [random_sample(f"{i}", sizes[i % 2]) for i in range(3)])
+    dataset = open_dataset(tmp_path / "data")
+    between = sum(float(shifted_schedule(3, size.video_tokens)[2]) for size in sizes) / 2
+    guided = GuidanceConfig(cfg=3.0, sigma_low=between)
+    profile = SamplerProfile(name="t", steps=3, schedule="shifted", tokens="actual", video=guided, audio=guided)
+
+    def rows(world):
+        seen = []
+
+        def model(video, audio, perturbations=None):
+            seen.append(len(video.latent))
+            return silent_model(video, audio)
+
+        config = SamplesConfig(clips=3, shown=0, batch_size=1, metrics=[])
+        made = Samples(dataset, Sampling(profile=profile, negative=dataset.null_text), codecs, config, world)
+        summary = made.run(model, tmp_path / "out", step=3, weights="ema")
+        assert summary["count"] == 3
+        return seen
+
+    first, second = on_ranks(2, rows)
+    assert first == second
+    assert len({tuple(first[i : i + 3]) for i in range(0, len(first), 3)}) == 2, "the sizes guide at different steps"
+
+
 ORIGIN = {"checkpoint": "one"}
 TWO = {"clips": 2, "batch_size": 1, "metrics": ["motion", "diversity_audio"]}
 
@@ -229,6 +263,64 @@ def test_samples_of_other_weights_or_settings_are_made_anew(broken_off, dataset,
     ((_, found),) = on_ranks(1, lambda world: taken_up(world, dataset, codecs, broken_off, **other))
     assert found == 0
     assert not list(broken_off.glob("unfinished-*"))
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 7 on host-a")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_evaluation_of_the_step_is_refused_and_spoils_nothing(broken_off, dataset, codecs):
+    before = sorted(broken_off.rglob("*"))
+    command = [sys.executable, "-c", HOLD, str(broken_off / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            refused = pytest.raises(ConfigError, match=r"another evaluation is writing there \(process 7 on host-a\)")
+            (caught,) = on_ranks(1, lambda world: _caught(refused, world, dataset, codecs, broken_off))
+        finally:
+            other.kill()
+    assert caught.agreed
+    (broken_off / LOCK).unlink()
+    assert sorted(broken_off.rglob("*")) == before
+
+
+def _caught(refused, *args):
+    with refused as caught:
+        taken_up(*args, seed=1)
+    return caught.value
+
+
+def test_a_sample_whose_file_was_cut_is_made_again(broken_off, dataset, codecs, caplog):
+    (kept,) = broken_off.glob("unfinished-*/*.npz")
+    kept.write_bytes(kept.read_bytes()[:100])
+    ((summary, found),) = on_ranks(1, lambda world: taken_up(world, dataset, codecs, broken_off))
+    assert (summary["count"], found) == (2, 0)
+    assert f"{kept.name} is not whole" in caplog.text
+
+
+def test_media_of_an_earlier_evaluation_do_not_stay_beside_the_file_that_knows_nothing_of_them(
+    dataset, codecs, tmp_path
+):
+    (tmp_path / "notes.txt").write_text("of the user")
+    few = {"clips": 2, "metrics": []}
+    on_ranks(1, lambda world: sampled(world, dataset, codecs, tmp_path, **few, shown=2))
+    assert (tmp_path / "001-sampled.mp4").exists()
+    on_ranks(1, lambda world: sampled(world, dataset, codecs, tmp_path, **few, shown=1))
+    made = {f"000-{side}{end}" for side in ("sampled", "real") for end in (".mp4", "-strip.png", "-mel.png")}
+    assert {path.name for path in tmp_path.iterdir()} == made | {"samples.json", "sheet.png", "notes.txt"}
+
+
+def test_no_events_have_no_score():
+    entries = [{side: {"impacts": [], "onsets": []} for side in ("sampled", "real")}] * 3
+    found = sync_figures(entries, 0.08, [0, 1, 2])["sampled"]
+    assert (found["f1"], found["low"], found["chance"]) == (None, None, None)
 
 
 def test_samples_that_are_not_finite_are_refused_by_key(dataset, codecs, tmp_path):

@@ -95,7 +95,7 @@ def test_matching_is_one_to_one_and_nearest_first():
 def test_f1_counts_over_all_clips():
     seen, heard = [[1.0, 2.0], [0.5]], [[1.0], [0.9]]
     assert sync.f1_score(seen, heard, 0.05) == pytest.approx(2 * 1 / (3 + 2))
-    assert sync.f1_score([[]], [[]], 0.05) == 0
+    assert sync.f1_score([[]], [[]], 0.05) is None
 
 
 def test_a_model_without_balls_is_seen_in_the_counts(truth):
@@ -123,9 +123,3 @@ def test_chance_does_not_know_which_clips_are_paired(truth):
 def test_unequal_sets_are_refused():
     with pytest.raises(DataError, match="2 clips seen and 1 heard"):
         sync.compare([[], []], [[]])
-
-
-def test_clips_go_through_in_one_call(clips):
-    front = DctAudioCodec()
-    mels = [front.mel(torch.from_numpy(clip.waveform)[None], 16000)[0] for clip in clips[:4]]
-    assert sync.sync([video_of(clip) for clip in clips[:4]], mels, 24.0).f1 > 0.9

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ltx2_train.errors import DataError
-from ltx2_train.media.probe import NoSuchFileError, TruncatedError, constant_rate, probe
+from ltx2_train.media.probe import NoSuchFileError, TruncatedError, constant_rate, open_image, probe
 from ltx2_train.media.video import read_video
 from tests.unit.media.media_files import FPS, click_waveform, encode_frames, encode_sound, flip_bits, ramp_frames
 
@@ -143,3 +143,20 @@ def test_a_gap_inside_a_track_is_missing_sound(tmp_path):
 )
 def test_an_unbroken_track_has_no_gaps_in_any_container(tmp_path, name, codec):
     assert probe(encode_sound(tmp_path / name, click_waveform(2.0, 44100), codec=codec, rate=44100)).audio_gaps == ()
+
+
+def test_a_picture_of_16_bit_grey_keeps_its_shades(tmp_path):
+    shades = np.tile(np.arange(256, dtype=np.uint16) * 257, (4, 1))
+    Image.fromarray(shades).save(tmp_path / "grey.png")
+    read = np.asarray(open_image(tmp_path / "grey.png", "grey"))
+    assert np.array_equal(read[..., 0], shades // 257)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lies_on_black(tmp_path, mode):
+    picture = Image.new("RGBA", (8, 4), (255, 255, 255, 0))
+    picture.paste((255, 255, 255, 255), (0, 0, 4, 4))
+    (picture.quantize() if mode == "P" else picture.convert(mode)).save(tmp_path / "hole.png")
+    read = np.asarray(open_image(tmp_path / "hole.png", "hole"))
+    assert (read[:, :4] == 255).all(), "opaque"
+    assert (read[:, 4:] == 0).all(), "what lies hidden under it is white"

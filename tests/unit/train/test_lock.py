@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltx2_train.distributed import lock
+from ltx2_train.distributed.lock import LOCK
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import ConfigError
-from ltx2_train.train.lock import LOCK, lock_run
+from ltx2_train.train.lock import lock_run
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 HOLD = """
@@ -69,8 +71,6 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
-    from ltx2_train.train import lock
-
     take, calls = lock._lock, []
 
     def removed_in_between(file, run_dir):
