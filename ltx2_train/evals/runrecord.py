@@ -69,11 +69,11 @@ def read_run(directory: Path) -> RunRecord:
     config = directory / CONFIG_NAME
     return RunRecord(
         directory=directory,
-        config=config.read_text() if config.exists() else "",
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
         steps=_last_of_each_step([line for line in lines if "event" not in line]),
         events=sorted([line for line in [*lines, *told] if "event" in line], key=lambda line: line.get("step", 0)),
-        heldout=[json.loads(p.read_text()) for p in sorted(directory.glob("evals/heldout-*.json"))],
-        sampled=[Sampled(p.parent, json.loads(p.read_text())) for p in _samples_files(directory)],
+        heldout=[json.loads(p.read_text(encoding="utf-8")) for p in sorted(directory.glob("evals/heldout-*.json"))],
+        sampled=[Sampled(p.parent, json.loads(p.read_text(encoding="utf-8"))) for p in _samples_files(directory)],
     )
 
 

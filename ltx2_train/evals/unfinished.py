@@ -93,7 +93,7 @@ def _read(path: Path) -> Done | None:
 def _told(path: Path) -> list[Path]:
     """The files beside a samples.json that it names; none, with a warning, if it cannot be read."""
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         logger.warning("%s cannot be read (%s); media that it names stay", path, error)
         return []
