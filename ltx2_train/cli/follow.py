@@ -6,20 +6,18 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx2_train.cli.schema import TrainJob
     from ltx2_train.distributed.world import World
+    from ltx2_train.train.signals import Signals
     from ltx2_train.train.sinks import Sink
 
 logger = logging.getLogger(__name__)
@@ -46,11 +44,12 @@ def follow(options: argparse.Namespace, world: "World") -> Iterable[str]:
     from ltx2_train.distributed.lock import lock_directory
     from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.files import FOLLOW_NAME
+    from ltx2_train.train.signals import ASKING, Signals
     from ltx2_train.train.sinks import open_evaluation_sinks
 
     agreed(world, lambda: check(options))
     run, taken = options.run, f"{options.run}: another job follows it ({{holder}}). Wait for its end or stop it"
-    with Signals() as signals:
+    with Signals(insisting=ASKING) as signals:
         if not _all_see(run / CONFIG_NAME, world):
             yield f"waits for {run / CONFIG_NAME}, which ltx2-train writes"
         while not _all_see(run / CONFIG_NAME, world):
@@ -300,32 +299,3 @@ def _all_see(path: Path, world: "World") -> bool:
 def _told(signals: "Signals", world: "World") -> bool:
     """Whether any rank was told to stop, so that all of them end together."""
     return any(world.gather_objects(signals.received))
-
-
-class Signals:
-    """Remembers a first signal; a second one ends what is going on."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    @property
-    def received(self) -> bool:
-        return self._event.is_set()
-
-    def wait(self, seconds: float) -> None:
-        """Until so many seconds are over or a signal comes."""
-        self._event.wait(seconds)
-
-    def __enter__(self) -> "Signals":
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self._event.set()

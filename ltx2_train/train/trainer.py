@@ -3,12 +3,10 @@
 import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from ltx2_train.train.checkpoint import Checkpointer, Saved
 from ltx2_train.train.ema import Ema
 from ltx2_train.train.faults import BadUpdate, FaultsConfig, LeftOut, Reason, Rollback, told
 from ltx2_train.train.metrics import Metrics
+from ltx2_train.train.signals import Signals
 from ltx2_train.train.sinks import Sink
 from ltx2_train.train.state import Changes, TrainState
 
@@ -151,7 +150,7 @@ class Trainer:
         Raises `NonFiniteError` naming the samples of bad updates where another rollback is not allowed; nothing of them is
         applied. Whatever ends the run, a checkpoint that is being written is completed.
         """
-        with _Signals() as signals:
+        with Signals() as signals:
             try:
                 if self.changes:
                     differences = {name: {"from": old, "to": new} for name, (old, new) in self.changes.items()}
@@ -176,7 +175,7 @@ class Trainer:
         """Whether the last step is done, and what is to be evaluated after it."""
         return self.state.step >= self.config.max_steps and not self._owed() and not self._must_go_back()
 
-    def _run_steps(self, signals: "_Signals") -> None:
+    def _run_steps(self, signals: Signals) -> None:
         config, batches = self.config, iter(self.batches)
         if self._owed():
             self.evaluate()
@@ -380,7 +379,7 @@ class Trainer:
         told = mine if self.world.counts_samples else []
         return [item for items in self.world.gather_objects(told) for item in items]
 
-    def _told_to_stop(self, signals: "_Signals") -> bool:
+    def _told_to_stop(self, signals: Signals) -> bool:
         """Whether any rank had a signal, so that all of them stop at the same step."""
         self.position(f"after step {self.state.step}, agreeing to go on")
         stop = signals.received
@@ -426,26 +425,3 @@ def _bad_keys(keys: Sequence[str], *losses: Tensor) -> list[str]:
 def _spelled(batch: Batch) -> str:
     """A micro-batch in words: how many samples of which bucket."""
     return f"{len(batch)} x {batch.bucket}"
-
-
-class _Signals:
-    """Remembers signals instead of dying of them, while the context lasts. A second SIGINT ends what is going on."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._interrupted = False
-
-    def __enter__(self) -> "_Signals":
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted |= number == signal.SIGINT
-        self.received = True  # and nothing else: a handler may interrupt a write to the log
