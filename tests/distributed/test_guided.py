@@ -1,5 +1,6 @@
 """A guided generation by a sharded model: texts that are prepared once pass through sharding like everything else."""
 
+import pytest
 import torch
 
 from ltx2_train.diffusion.generate import Generated, Request, generate
@@ -42,6 +43,7 @@ def generations(world: World) -> dict[str, list[Generated]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sharded_model_generates_what_the_whole_one_does():
     model = build_model(ModelConfig(name="tiny"))
     with torch.no_grad():

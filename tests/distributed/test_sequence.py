@@ -324,6 +324,7 @@ def goes_on(world: World, directory: str) -> list[tuple[list[float], list[float]
     return found
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks_a_sample(tmp_path):
     for curves in run_on_ranks(goes_on, 2, str(tmp_path)):
         for straight, resumed in curves:

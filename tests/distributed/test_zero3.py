@@ -239,6 +239,7 @@ def other_shapes(world: World) -> list[list[float]]:
     return norms
 
 
+@pytest.mark.slow
 def test_ranks_of_other_shapes_run_the_same_collectives():
     for none, every_n, full in run_on_ranks(other_shapes, 2, timeout=60.0):
         assert none == every_n == full

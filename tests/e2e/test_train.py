@@ -236,6 +236,7 @@ def test_a_run_goes_on_with_a_lower_learning_rate_where_that_is_asked_for(data, 
     assert [r["lr"] for r in records(run)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-5, 1e-5, 1e-5])
 
 
+@pytest.mark.slow
 def test_where_a_run_began_is_obeyed_once(data, straight, tmp_path):
     """The same command given again, by a launcher or a scheduler, goes on; another path goes back."""
     run, other = tmp_path / "run", f"train.resume={checkpoint(straight, 3)}"
@@ -248,6 +249,7 @@ def test_where_a_run_began_is_obeyed_once(data, straight, tmp_path):
     assert [d.name for d in complete_checkpoints(run)] == ["step-00000005", "step-00000004"]
 
 
+@pytest.mark.slow
 def test_a_fresh_start_that_is_insisted_on_goes_on_when_it_is_given_again(data, tmp_path):
     run, never = tmp_path / "run", "train.resume=never"
     for stop in (1, 2):

@@ -76,6 +76,7 @@ def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, c
     assert list(evaluate.metrics_table({})) == []
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_killed_leaves_nothing_half_written_and_is_taken_up(place, tmp_path, capsys):
     options = [str(place / "run"), "--samples", "5", "--batch-size", "1", "--metrics", "motion", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -75,6 +75,7 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "evals" / "follow.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_evaluated_once_in_the_order_of_steps_until_the_run_has_ended(run, capsys):
     assert followed(run) == 0
     out = capsys.readouterr().out

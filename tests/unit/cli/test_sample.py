@@ -88,6 +88,7 @@ def check_seven(ranks: list[tuple[int, str, str]], folder: Path, out: Path) -> d
     return sounds(out)
 
 
+@pytest.mark.slow
 def test_seven_requests_of_which_one_fails_are_made_on_any_number_of_ranks(run, seven, tmp_path):
     outs = {size: tmp_path / f"on-{size}" for size in (2, 3)}
     commands = {size: [str(run), "--requests", str(seven), "--out", str(out)] for size, out in outs.items()}
@@ -129,6 +130,7 @@ def killed_in_the_third(world: World, arguments: list[str]) -> int:
     return sample.main(arguments)
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_or_changed_is_made(run, seven, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [str(run), "--requests", str(seven), "--out", str(out)]
