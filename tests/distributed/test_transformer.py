@@ -77,6 +77,7 @@ def eight_steps(world: World) -> list[list[tuple[float, float]]]:
     return [train(tiny_engine(world, replicate=n), world, 0, 8) for n in copies]
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_agree(world):
     (expected,) = eight_steps(world)
     assert expected[7][0] < expected[0][0]
@@ -92,6 +93,7 @@ def recomputed(world: World) -> list[tuple[float, float]]:
     return train(tiny_engine(world, recompute=Recompute.full, reshard=False), world, 0, 3)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_change_nothing(world):
     expected = train(tiny_engine(world), world, 0, 3)
     assert recomputed(world) == expected

@@ -266,6 +266,7 @@ def transformers(world: World) -> dict[Any, list[tuple[float, float]]]:
     return results
 
 
+@pytest.mark.slow
 def test_the_transformer_trains_alike_full_and_with_adapters():
     for results in run_on_ranks(transformers, 2):
         for lora in (False, True):

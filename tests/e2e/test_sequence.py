@@ -44,6 +44,7 @@ def share_every_sample(*settings: str) -> None:
     assert told.returncode == 0, told.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_every_sample_make_the_run_of_one(data, tmp_path):
     assert ltx2_train(*arguments(data, tmp_path / "one")) == 0
     share_every_sample(*arguments(data, tmp_path / "two"))

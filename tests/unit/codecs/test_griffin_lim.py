@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ltx2_train.codecs import griffin_lim
@@ -25,6 +26,7 @@ def test_the_waveform_sounds_like_its_mel():
     assert (heard - mel).abs().mean() < 0.05
 
 
+@pytest.mark.slow
 def test_onsets_are_kept():
     codec = DctAudioCodec()
     clips = [bounce_clip(i) for i in range(6)]

@@ -112,6 +112,7 @@ def test_new_noise_leaves_the_level_that_the_model_expects(sampler, settings):
     assert (left * noise).mean() < 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_ancestral_steps_converge_to_the_distribution(eta):
     g = torch.Generator().manual_seed(0)
