@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ltx2_train.diffusion.profiles import SamplerProfile
     from ltx2_train.distributed.world import World
     from ltx2_train.evals.clips import ClipMaker, Progress
-    from ltx2_train.evals.requests import Asked, Batch, ClipRequest, Ground, Outcome
+    from ltx2_train.evals.planning import Batch, Ground, Outcome
+    from ltx2_train.evals.requests import Asked, ClipRequest
     from ltx2_train.record import TextFeatures
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def sample(options: argparse.Namespace, world: "World") -> int:
     in one becomes an outcome, and the last thing all of them do is to exchange these.
     """
     from ltx2_train.distributed.world import agreed, from_main
-    from ltx2_train.evals.requests import plan, share
+    from ltx2_train.evals.planning import plan, share
 
     asked = agreed(world, lambda: read_asked(options))
     checkpoint = from_main(world, lambda: find_model(options))
@@ -207,7 +208,7 @@ def read_asked(options: argparse.Namespace) -> list["Asked"]:
 
 def _ground(options: argparse.Namespace, source: "Trained | Released") -> "Ground":
     """What the requests are held against."""
-    from ltx2_train.evals.requests import Ground
+    from ltx2_train.evals.planning import Ground
 
     return Ground(
         identity={**source.identity, "dtype": str(source.dtype), "tile": options.tile and list(options.tile)},
@@ -297,7 +298,7 @@ def _print(line: str, stream: TextIO) -> None:
 
 def _summary(outcomes: Sequence["Outcome"], world: "World") -> int:
     """Tells what became of the clips, on the first rank; the exit status, on all of them."""
-    from ltx2_train.evals.requests import State
+    from ltx2_train.evals.planning import State
 
     by_state = {state: [one for one in outcomes if one.state == state] for state in State}
     failed, there = by_state[State.failed], by_state[State.there]

@@ -21,18 +21,9 @@ from ltx2_train.diffusion.generate import Generated, Request, generate
 from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.errors import DataError, Ltx2Error
 from ltx2_train.evals.files import write_json
-from ltx2_train.evals.requests import (
-    LATENT_STEP,
-    Batch,
-    Clip,
-    Outcome,
-    OutputFormat,
-    State,
-    begun_path,
-    check_free,
-    media_of,
-    receipt_path,
-)
+from ltx2_train.evals.planning import LATENT_STEP, Batch, Clip, Outcome, State
+from ltx2_train.evals.receipts import begun_path, check_free, media_of, receipt_path
+from ltx2_train.evals.requests import OutputFormat
 from ltx2_train.evals.samples import Codecs
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.video import VideoFile, read_video, to_frames, to_tensor

@@ -18,17 +18,11 @@ CLIPS_PER_FEATURE = 2  # with fewer clips the distance is mostly their small num
 
 
 @dataclass(frozen=True, slots=True)
-class Frechet:
-    """Fréchet distance between sampled and real features: 0 for equal sets, larger where they differ.
-
-    There are usually fewer clips than features, so covariances are shrunk towards their diagonal (`shrunk_covariance`).
-    The distance still falls with the number of clips: compare figures of as many.
-    """
+class OfFeatures:
+    """What follows from the features of one stream's latents."""
 
     name: str
     stream: str
-    unit: str = "latent²"
-    compares: bool = True
 
     @property
     def needs(self) -> frozenset[Part]:
@@ -36,6 +30,18 @@ class Frechet:
 
     def measure(self, clip: Clip) -> Sequence[float]:
         return features(clip, self.stream).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Frechet(OfFeatures):
+    """Fréchet distance between sampled and real features: 0 for equal sets, larger where they differ.
+
+    There are usually fewer clips than features, so covariances are shrunk towards their diagonal (`shrunk_covariance`).
+    The distance still falls with the number of clips: compare figures of as many.
+    """
+
+    unit: str = "latent²"
+    compares: bool = True
 
     def summarise(self, rows: Rows, real: Rows) -> Estimate:
         """A clip is left out with its sampled and its real rows."""
@@ -59,21 +65,12 @@ class Frechet:
 
 
 @dataclass(frozen=True, slots=True)
-class Diversity:
+class Diversity(OfFeatures):
     """Mean distance between the features of two samples, of different clips or, `within`, of one clip's seeds."""
 
-    name: str
-    stream: str
     within: bool
     unit: str = "latent"
     compares: bool = False
-
-    @property
-    def needs(self) -> frozenset[Part]:
-        return frozenset({_part(self.stream)})
-
-    def measure(self, clip: Clip) -> Sequence[float]:
-        return features(clip, self.stream).tolist()
 
     def summarise(self, rows: Rows, real: Rows) -> Estimate:
         clips = np.asarray(rows.clips)

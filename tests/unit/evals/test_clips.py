@@ -13,7 +13,9 @@ from ltx2_train.codecs.residence import at_work
 from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.evals import clips as clips_module
 from ltx2_train.evals.clips import ClipMaker
-from ltx2_train.evals.requests import Batch, Ground, State, expanded, plan, read_receipt
+from ltx2_train.evals.planning import Batch, Ground, State, plan
+from ltx2_train.evals.receipts import read_receipt
+from ltx2_train.evals.requests import expanded
 from ltx2_train.evals.samples import Codecs
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.probe import probe

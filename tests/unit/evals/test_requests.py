@@ -12,20 +12,9 @@ import pytest
 from ltx2_train.diffusion.guidance import GuidanceConfig
 from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.errors import ConfigError
-from ltx2_train.evals.requests import (
-    Asked,
-    ClipRequest,
-    Ground,
-    State,
-    check_names,
-    expanded,
-    media_of,
-    plan,
-    read_receipt,
-    read_requests,
-    receipt_path,
-    share,
-)
+from ltx2_train.evals.planning import Ground, State, plan, share
+from ltx2_train.evals.receipts import media_of, read_receipt, receipt_path
+from ltx2_train.evals.requests import Asked, ClipRequest, check_names, expanded, read_requests
 from ltx2_train.media.write import write_mp4, write_png, write_wav
 from ltx2_train.model.modality import Stream
 from tests.unit.media.media_files import FPS, click_waveform, ramp_frames
