@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltx2_train.cli.export import Source
+    from ltx2_train.cli.source import Source
     from ltx2_train.evals.runrecord import RunRecord
     from ltx2_train.model.export import Provenance
 

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     world = init_world()
     try:
-        for line in follow(options, world) if options.follow else evaluate(options, world):
+        for line in follow(options, world, evaluate) if options.follow else evaluate(options, world):
             if world.is_main:
                 print(line, flush=True)
     except Ltx2Error as error:

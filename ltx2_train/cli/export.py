@@ -1,18 +1,17 @@
 """`ltx2-export`: what a run trained, in a form that loads elsewhere."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
-    from ltx2_train.cli.schema import TrainJob
+    from ltx2_train.cli.source import Source
     from ltx2_train.model.export import Base, Coverage, Provenance
     from ltx2_train.model.lora_file import Adapter
     from ltx2_train.weightfile import Stored
@@ -80,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> Iterable[str]:
     """Writes the form that is asked for; the lines to print."""
+    from ltx2_train.cli.source import open_source
+
     _check_place(options)
     _check_free([options.out, _report_path(options), *([_card_path(options)] if options.card else [])])
     source = open_source(options.run, options.weights, options.base)
@@ -104,80 +105,7 @@ def export(options: argparse.Namespace) -> Iterable[str]:
 # --- what a run holds ---
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The weights of a checkpoint, and what is known of them."""
-
-    directory: Path  # of the run
-    checkpoint: Path
-    job: "TrainJob"
-    start: str | None
-    """The weights that the run started from, as its configuration says; None: from scratch."""
-    step: int
-    weights: str  # "ema" or "raw"
-    profile: dict[str, Any]
-    provenance: dict[str, Any]
-
-    def tensors(self, *, adapters: bool) -> "Iterator[tuple[str, Tensor]]":
-        """(name, whole tensor) of all adapters, or of everything else: what was trained, then what was not, each in the
-        model's order.
-
-        Raises `CheckpointError` for NaN or infinite values, and for another base than the run's.
-        """
-        from ltx2_train.distributed.saved import saved_weights
-        from ltx2_train.errors import CheckpointError
-        from ltx2_train.model.build import initial_weights
-
-        initial = None if adapters else initial_weights(self.model(), self.job.model, self.job.seed)
-        averaged = "ema" if self.weights == "ema" else None
-        for name, tensor in saved_weights(self.checkpoint, averaged=averaged, initial=initial):
-            if (".lora_" in name) is not adapters:
-                continue
-            if not tensor.isfinite().all():
-                raise CheckpointError(f"{self.checkpoint}: {name} is not finite. Export an older checkpoint of the run")
-            yield name, tensor
-
-    def model(self) -> "nn.Module":
-        """The model without values, frozen where the run froze it."""
-        import torch
-
-        from ltx2_train.cli.train import build
-        from ltx2_train.distributed.build import freeze_parameters
-
-        with torch.device("meta"):
-            model = build(self.job)
-        freeze_parameters(model, self.job.engine.freeze)
-        return model
-
-
-def open_source(run: Path, weights: str | None, base: Path | None) -> Source:
-    """The newest complete checkpoint of a run, its hashes verified; `base` stands in for the weights it started from.
-
-    Raises `CheckpointError` and `ConfigError`.
-    """
-    from ltx2_train.cli.runs import find_checkpoint, run_directory
-    from ltx2_train.cli.schema import job_from_text
-    from ltx2_train.errors import ConfigError
-    from ltx2_train.train.checkpoint import CONFIG, read_manifest, verify
-
-    checkpoint = find_checkpoint(run)
-    verify(checkpoint)
-    settings = json.loads((checkpoint / CONFIG).read_text())
-    profile, provenance = settings.pop("sampler_profile"), settings.pop("provenance")
-    job = job_from_text(json.dumps({"defaults": [], **settings}), str(checkpoint / CONFIG))
-    if weights == "ema" and job.ema is None:
-        raise ConfigError(f"--weights ema: {run} has no moving average. Leave it out, or say --weights raw")
-    start = job.model.weights
-    if start is not None and base is None and not Path(start).exists():
-        raise ConfigError(f"{run} started from {start}, which is not there. Give --base with that file's place")
-    if start is not None and base is not None:
-        job.model.weights = str(base)
-    chosen = weights or ("raw" if job.ema is None else "ema")
-    step = read_manifest(checkpoint)["step"]
-    return Source(run_directory(run), checkpoint, job, start, step, chosen, profile, provenance)
-
-
-def open_base(path: Path | None, source: Source) -> "Base | None":
+def open_base(path: Path | None, source: "Source") -> "Base | None":
     """The base of an export: `path`, or what the run started from. Raises `CheckpointError` when it is not the run's."""
     from ltx2_train.errors import CheckpointError
     from ltx2_train.model.build import transformer_config
@@ -202,7 +130,7 @@ def open_base(path: Path | None, source: Source) -> "Base | None":
     return base
 
 
-def _stated_fingerprint(source: Source, path: Path) -> str | None:
+def _stated_fingerprint(source: "Source", path: Path) -> str | None:
     """Of the weights that the run started from: as it noted it, else of the file it names, where that still is."""
     from ltx2_train.model.export import Base
 
@@ -221,14 +149,14 @@ class Work:
     """One export: everything that its forms are made of."""
 
     options: argparse.Namespace
-    source: Source
+    source: "Source"
     model: "nn.Module"
     base: "Base | None"
     provenance: "Provenance"
     coverage: "Coverage"
 
     @classmethod
-    def of(cls, options: argparse.Namespace, source: Source, base: "Base | None") -> "Work":
+    def of(cls, options: argparse.Namespace, source: "Source", base: "Base | None") -> "Work":
         from ltx2_train.model.export import Coverage
         from ltx2_train.model.lora import linear_weights
 
@@ -312,7 +240,7 @@ class Work:
         return trained | kept
 
 
-def _provenance(options: argparse.Namespace, source: Source, base: "Base | None", model: "nn.Module") -> "Provenance":
+def _provenance(options: argparse.Namespace, source: "Source", base: "Base | None", model: "nn.Module") -> "Provenance":
     from ltx2_train.model.export import Provenance
     from ltx2_train.model.generation import generation_of
     from ltx2_train.model.lora import config_of
@@ -378,7 +306,7 @@ def _card_path(options: argparse.Namespace) -> Path:
     return (options.out if options.to == "diffusers" else options.out.parent) / "README.md"
 
 
-def _check_form(form: str, source: Source) -> None:
+def _check_form(form: str, source: "Source") -> None:
     from ltx2_train.errors import ConfigError
 
     if source.job.lora is None and form in (*LORA_FORMS, "merged"):
@@ -387,7 +315,7 @@ def _check_form(form: str, source: Source) -> None:
         raise ConfigError(f"--to full: {source.directory} trained adapters. Use --to merged, or --to lora")
 
 
-def _check_connectors(model: "nn.Module", source: Source) -> None:
+def _check_connectors(model: "nn.Module", source: "Source") -> None:
     """Raises `ConfigError` where connectors would be left out that are not those of any base."""
     from ltx2_train.errors import ConfigError
 
@@ -398,14 +326,14 @@ def _check_connectors(model: "nn.Module", source: Source) -> None:
         )
 
 
-def _check_card(source: Source) -> None:
+def _check_card(source: "Source") -> None:
     """Raises `DataError` where there is nothing to make a card of, before anything large is written."""
     from ltx2_train.evals.runrecord import read_run
 
     read_run(source.directory)
 
 
-def _remarks(options: argparse.Namespace, source: Source, base: "Base | None") -> Iterator[str]:
+def _remarks(options: argparse.Namespace, source: "Source", base: "Base | None") -> Iterator[str]:
     """What a person should know before it is written."""
     if options.to in LORA_FORMS:
         return

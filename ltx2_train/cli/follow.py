@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ HELD = ".follow"  # in the run directory: the lock of whoever follows, and the c
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
+Evaluate = Callable[[argparse.Namespace, "World"], Iterable[str]]  # the lines to print of one evaluation
 Identity = tuple[str, int]  # name of a checkpoint, and when its manifest was written (ns)
 
 
@@ -38,7 +39,7 @@ class Look:
     ended: bool
 
 
-def follow(options: argparse.Namespace, world: "World") -> Iterable[str]:
+def follow(options: argparse.Namespace, world: "World", evaluate: Evaluate) -> Iterable[str]:
     """The lines to print, until the run's last checkpoint is evaluated or a signal comes. All ranks walk through them."""
     from ltx2_train.cli.schema import CONFIG_NAME, load_job, plain
     from ltx2_train.distributed.lock import lock_directory
@@ -61,7 +62,7 @@ def follow(options: argparse.Namespace, world: "World") -> Iterable[str]:
             place = run / "evals" / FOLLOW_NAME
             sinks = open_evaluation_sinks(job.sinks, run, place, settings=plain(job), is_main=world.is_main)
             try:
-                yield from Follower(options, world, signals, sinks).lines()
+                yield from Follower(options, world, signals, sinks, evaluate).lines()
             finally:
                 for sink in sinks:
                     sink.close()
@@ -85,6 +86,7 @@ class Follower:
     world: "World"
     signals: "Signals"
     sinks: "Sequence[Sink]"
+    evaluate: Evaluate
     tried: set[Identity] = field(default_factory=set)
     """The checkpoints that this process is done with, whatever came of them."""
     waiting: set[int] = field(default_factory=set)
@@ -175,7 +177,6 @@ class Follower:
 
     def _evaluate(self, checkpoint: Path) -> Iterator[str]:
         """One evaluation. What fails in it is told, unless other ranks may know nothing of it."""
-        from ltx2_train.cli.evaluate import evaluate
         from ltx2_train.errors import Ltx2Error
 
         step = _step(checkpoint)
@@ -184,7 +185,7 @@ class Follower:
                 options = copy(self.options)
                 options.run = place
                 self._note(checkpoint)
-                yield from evaluate(options, self.world)
+                yield from self.evaluate(options, self.world)
             self._log_figures(step)
         except Exception as error:
             self._note(checkpoint)

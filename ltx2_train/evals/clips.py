@@ -226,7 +226,7 @@ class ClipMaker:
 
     def _finish(self, clip: Clip, given: Given, latents: Generated, row: int, step_seconds: float) -> Outcome:
         """Decode what was generated and write it; only then an earlier clip gives way, and the receipt comes last."""
-        check_free(self.directory, clip)
+        check_free(self.directory, clip.name, clip.files)
         if not all(bool(x[row].isfinite().all()) for x in (latents.video, latents.audio) if x is not None):
             raise DataError("the model gave NaN or infinity, so nothing is written. Try other steps or weaker guidance")
         pictures, sound = self._decoded(clip, given, latents, row)
@@ -278,7 +278,7 @@ def settle(directory: Path, clip: Clip, folder: Path, receipt: Mapping[str, Any]
     """
     former, begun = media_of(directory, clip.name), begun_path(directory, clip.name)
     write_json(begun, {"files": dict.fromkeys([*former, *receipt["files"]])})
-    receipt_path(directory, clip).unlink(missing_ok=True)
+    receipt_path(directory, clip.name).unlink(missing_ok=True)
     for name in former:
         (directory / name).unlink(missing_ok=True)
     pictures = directory / clip.name
@@ -287,7 +287,7 @@ def settle(directory: Path, clip: Clip, folder: Path, receipt: Mapping[str, Any]
     for name in receipt["files"]:
         (directory / name).parent.mkdir(exist_ok=True)
         (folder / name).replace(directory / name)
-    write_json(receipt_path(directory, clip), dict(receipt))
+    write_json(receipt_path(directory, clip.name), dict(receipt))
     begun.unlink()
 
 

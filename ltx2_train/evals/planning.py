@@ -110,11 +110,11 @@ def plan(asked: Sequence[Asked], ground: Ground, directory: Path) -> tuple[list[
     for one in asked:
         try:
             clip = _clip(one, ground)
-            if (receipt := read_receipt(directory, clip)) is not None:
+            if (receipt := read_receipt(directory, clip.name, clip.digest)) is not None:
                 first = str(directory / next(iter(receipt["files"])))
                 outcomes.append(Outcome(one.where, clip.name, State.there, first))
                 continue
-            check_free(directory, clip)
+            check_free(directory, clip.name, clip.files)
             clips.append(clip)
         except (Ltx2Error, OSError) as error:
             outcomes.append(Outcome(one.where, one.request.file_name, State.failed, str(error)))

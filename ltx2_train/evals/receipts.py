@@ -3,26 +3,23 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ltx2_train.errors import ConfigError
-from ltx2_train.evals.requests import OutputFormat
 from ltx2_train.media.write import PARTIAL
 
-if TYPE_CHECKING:
-    from ltx2_train.evals.planning import Clip
 
-
-def receipt_path(directory: Path, clip: "Clip") -> Path:
+def receipt_path(directory: Path, name: str) -> Path:
     """The small file beside a clip's media that is written last: where it is, the media are whole."""
-    return directory / f"{clip.name}.json"
+    return directory / f"{name}.json"
 
 
-def read_receipt(directory: Path, clip: "Clip") -> dict[str, Any] | None:
+def read_receipt(directory: Path, name: str, digest: str) -> dict[str, Any] | None:
     """The receipt of exactly this clip, if its files are there in full size; else None."""
-    receipt = _listing(receipt_path(directory, clip))
-    if receipt is None or receipt.get("digest") != clip.digest or not receipt["files"]:
+    receipt = _listing(receipt_path(directory, name))
+    if receipt is None or receipt.get("digest") != digest or not receipt["files"]:
         return None
     try:
         is_whole = all((directory / name).stat().st_size == size for name, size in receipt["files"].items())
@@ -41,21 +38,24 @@ def media_of(directory: Path, name: str) -> list[str]:
 
     Nothing else in the directory is ours to remove.
     """
-    receipt = directory / f"{name}.json"
+    receipt = receipt_path(directory, name)
     found = _listing(receipt if os.path.lexists(receipt) else begun_path(directory, name))
     own = re.compile(rf"{re.escape(name)}(\.mp4|\.wav|/\d{{5,}}\.png)")
     return [file for file in (found or {"files": {}})["files"] if own.fullmatch(file)]
 
 
-def check_free(directory: Path, clip: "Clip") -> None:
-    """Raises `ConfigError` where something that no earlier clip left lies where this one would be written."""
+def check_free(directory: Path, name: str, files: Sequence[str]) -> None:
+    """Raises `ConfigError` where something that no earlier clip left lies where this one's files would be written.
+
+    `files` as `Clip.files` lists them. Where some lie in the folder of the clip's name, nothing else may lie there.
+    """
     action = "Give the clip another name, or another --out, or move that away"
-    receipt, folder = receipt_path(directory, clip), directory / clip.name
+    receipt, folder = receipt_path(directory, name), directory / name
     if os.path.lexists(receipt) and "digest" not in (_listing(receipt) or {}):
         raise ConfigError(f"{receipt}: there already, and not written by this program. {action}")
-    own, wanted = set(media_of(directory, clip.name)), clip.files
-    if OutputFormat.png in (clip.request.format or ()):
-        inside = [f"{clip.name}/{entry.name}" for entry in folder.iterdir()] if folder.is_dir() else [clip.name]
+    own, wanted = set(media_of(directory, name)), list(files)
+    if any(file.startswith(f"{name}/") for file in files):
+        inside = [f"{name}/{entry.name}" for entry in folder.iterdir()] if folder.is_dir() else [name]
         wanted = [*wanted, *inside]
     foreign = next((file for file in wanted if file not in own and os.path.lexists(directory / file)), None)
     if foreign is not None:

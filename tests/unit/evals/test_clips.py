@@ -229,7 +229,7 @@ def files(directory: Path) -> list[str]:
 
 def test_the_receipt_comes_last_and_a_remade_clip_leaves_nothing_of_the_former(tmp_path, codecs, monkeypatch):
     (clip,), _ = made(tmp_path, codecs, {"format": ["png", "wav"]})
-    assert read_receipt(tmp_path, clip) is not None
+    assert read_receipt(tmp_path, clip.name, clip.digest) is not None
     begun = tmp_path / f".{clip.name}{PARTIAL}" / "media" / "x.wav"
     begun.parent.mkdir(parents=True)
     begun.write_bytes(b"begun and killed")
@@ -237,11 +237,11 @@ def test_the_receipt_comes_last_and_a_remade_clip_leaves_nothing_of_the_former(t
         patch.setattr(clips_module, "write_json", broken(1))
         (shorter,), (progress,) = made(tmp_path, codecs, {"frames": 9, "format": ["png"]})
     assert "no space left" in progress.outcome.detail
-    assert read_receipt(tmp_path, shorter) is None
+    assert read_receipt(tmp_path, shorter.name, shorter.digest) is None
     pictures = [f"{clip.name}/{i:05d}.png" for i in range(9)]
     assert files(tmp_path) == [f".{clip.name}{PARTIAL}/files.json", *pictures], "what it placed is listed"
     made(tmp_path, codecs, {"frames": 9, "format": ["png"]})
-    assert read_receipt(tmp_path, shorter) is not None
+    assert read_receipt(tmp_path, shorter.name, shorter.digest) is not None
     assert files(tmp_path) == [f"{clip.name}.json", *pictures]
     made(tmp_path, codecs, {"frames": 9, "format": ["wav"]})
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{clip.name}.json", f"{clip.name}.wav"]
@@ -257,7 +257,7 @@ def test_a_clip_that_cannot_be_made_anew_leaves_the_former(tmp_path, codecs, mon
     _, (progress,) = made(tmp_path, codecs, {"frames": 9, "format": ["wav"]}, model=model)
     assert progress.outcome.state == State.failed
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
-    assert read_receipt(tmp_path, clip) is not None
+    assert read_receipt(tmp_path, clip.name, clip.digest) is not None
 
 
 def test_what_came_there_while_a_clip_was_sampled_is_left(tmp_path, codecs):

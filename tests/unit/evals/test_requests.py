@@ -314,7 +314,7 @@ def test_names_of_long_prompts_are_names_of_files(tmp_path, letter):
 
 def leave_receipt(directory: Path, clip) -> None:
     (directory / "media").write_bytes(b"1234")
-    receipt_path(directory, clip).write_text(json.dumps({"digest": clip.digest, "files": {"media": 4}}))
+    receipt_path(directory, clip.name).write_text(json.dumps({"digest": clip.digest, "files": {"media": 4}}))
 
 
 def test_a_clip_that_is_there_is_not_made_again_and_a_changed_one_is(tmp_path, media):
@@ -339,14 +339,14 @@ def test_a_clip_that_is_there_is_not_made_again_and_a_changed_one_is(tmp_path, m
 
 def test_a_receipt_whose_files_are_not_whole_does_not_count(tmp_path):
     clip = planned(tmp_path)
-    assert read_receipt(tmp_path, clip) is None
+    assert read_receipt(tmp_path, clip.name, clip.digest) is None
     leave_receipt(tmp_path, clip)
-    assert read_receipt(tmp_path, clip) is not None
+    assert read_receipt(tmp_path, clip.name, clip.digest) is not None
     (tmp_path / "media").write_bytes(b"12")
-    assert read_receipt(tmp_path, clip) is None
+    assert read_receipt(tmp_path, clip.name, clip.digest) is None
     leave_receipt(tmp_path, clip)
-    receipt_path(tmp_path, clip).write_text("{")
-    assert read_receipt(tmp_path, clip) is None
+    receipt_path(tmp_path, clip.name).write_text("{")
+    assert read_receipt(tmp_path, clip.name, clip.digest) is None
 
 
 # -- sharing ---
