@@ -5,10 +5,11 @@ python -m tests.proofs.bounce [--out outputs/bounce] [--docs docs] [--clips 6400
 Writes clips of a bouncing ball whose impacts no caption tells the time of, trains `experiment=bounce` on them, and beside it
 the same without attention between the streams. Both are sampled on held-out captions with three seeds: sound and picture
 together, the picture for real sound (a2v), the sound for a real picture (v2a), and together at rising modality guidance.
-Nothing else is guided. Impacts are upward turns of the tracked ball, clicks are peaks of onset strength; F1 counts matches
-within 50 ms, one to one.
+Nothing else is guided. The training is done again from two other seeds, to see what luck does. Impacts are upward turns of
+the tracked ball, clicks are peaks of onset strength; F1 counts matches within 50 ms, one to one.
 
-Every stage that is done stays done: interrupted, the same command goes on. Two processes of one thread each run at a time.
+Every stage that is done stays done: interrupted, the same command goes on; with other options it is refused. Two processes
+of one thread each run at a time.
 The last stage writes bounce.json, bounce.md and its pictures into --docs; nothing in them comes from anywhere else.
 """
 
@@ -47,7 +48,8 @@ WIDTHS = ("--video-text-width=160", "--audio-text-width=128")  # of conf/model/b
 HELDOUT = 256
 TOLERANCE = 0.05  # s
 WIDE_TOLERANCE = 0.08  # s, reported beside it
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2)  # of the noise that clips are sampled from
+TRAINING_SEEDS = (0, 1, 2)  # the first is that of everything but the table of training seeds
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # of modality guidance
 WITHOUT_EXCHANGE = "+model.overrides.use_audio_video_cross_attention=false"
 RESAMPLINGS = 2000
@@ -61,7 +63,7 @@ PROCESSES = 2
 class Draw:
     """One set of sampled clips: `run` names the model, `mode` what is given to it."""
 
-    run: str  # joint, no_av_attention; real: held-out clips through the codec
+    run: str  # of RUNS; real: held-out clips through the codec
     mode: str  # joint, a2v (the sound is given), v2a (the picture is given)
     seed: int
     scale: float = 1.0  # of modality guidance
@@ -71,6 +73,8 @@ class Draw:
         return f"{self.run}-{self.mode}-guidance{self.scale:g}-seed{self.seed}"
 
 
+RUNS = {"joint": (), "no_av_attention": (WITHOUT_EXCHANGE,)}
+RUNS |= {f"joint_seed{seed}": (f"seed={seed}",) for seed in TRAINING_SEEDS[1:]}
 GROUPS = {
     "joint": [Draw("joint", "joint", seed) for seed in SEEDS],
     "no_av_attention": [Draw("no_av_attention", "joint", seed) for seed in SEEDS],
@@ -78,6 +82,9 @@ GROUPS = {
     "v2a": [Draw("joint", "v2a", seed) for seed in SEEDS],
     "real": [Draw("real", "joint", 0)],
 }
+BY_TRAINING_SEED = [
+    {mode: Draw(run, mode, seed=0) for mode in ("joint", "a2v", "v2a")} for run in RUNS if run != "no_av_attention"
+]
 CURVE = [Draw("joint", "joint", seed, scale) for scale in SCALES for seed in SEEDS[: 3 if scale == 1 else 1]]
 
 
@@ -93,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=128, help="held-out captions per set (128)")
     options = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that is started here
-    for stage in (*data_stages(options), train_stages(options)):
+    for stage in (*data_stages(options), *train_stages(options)):
         if code := run_side_by_side(options.out, stage):
             return code
     measure_all(options)
@@ -126,23 +133,23 @@ def data_stages(options: argparse.Namespace) -> list[list[Command]]:
     ]
 
 
-def train_stages(options: argparse.Namespace) -> list[Command]:
-    """The model and the one without exchange: same data, seed and steps."""
+def train_stages(options: argparse.Namespace) -> list[list[Command]]:
+    """The model and the one without exchange: same data, seed and steps. Then the model from other seeds."""
     latents = options.out / "latents"
     common = ("experiment=bounce", f"train.max_steps={options.steps}", f"data.datasets.0.path={latents / 'train'}")
     common += (f"evaluation.datasets=[{latents / 'heldout'}]", "sinks.wandb=false")
-    runs = {"joint": (), "no_av_attention": (WITHOUT_EXCHANGE,)}
-    return [
+    commands = [
         Command(name, "ltx2_train.cli.train", (*common, f"train.run_dir={options.out / name}", *more))
-        for name, more in runs.items()
+        for name, more in RUNS.items()
     ]
+    return [commands[i : i + PROCESSES] for i in range(0, len(commands), PROCESSES)]
 
 
 def run_side_by_side(out: Path, commands: Sequence[Command]) -> int:
     """Runs what is not done yet, all at once; the first exit status that is not 0."""
     processes, begin = [], time.perf_counter()
     for command in commands:
-        if (out / "done" / f"{command.name}.json").exists():
+        if is_done(out, command):
             continue
         print("$ " + shlex.join(["python", "-m", command.module, *command.arguments]), flush=True)
         processes.append((command, subprocess.Popen([sys.executable, "-m", command.module, *command.arguments])))
@@ -151,11 +158,31 @@ def run_side_by_side(out: Path, commands: Sequence[Command]) -> int:
         for command, process in processes:
             codes.append(process.wait())
             if not codes[-1]:
-                write_json(out / "done" / f"{command.name}.json", {"seconds": round(time.perf_counter() - begin)})
+                done = {
+                    "arguments": command.arguments,
+                    "seconds": round(time.perf_counter() - begin),
+                    "commit": commit(),
+                }
+                write_json(done_path(out, command.name), done)
     finally:
         for _, process in processes:
             process.terminate()
     return next(filter(None, codes), 0)
+
+
+def done_path(out: Path, stage: str) -> Path:
+    return out / "done" / f"{stage}.json"
+
+
+def is_done(out: Path, command: Command) -> bool:
+    """Whether a stage is done. Ends the program where it was done with other options."""
+    if not (path := done_path(out, command.name)).exists():
+        return False
+    done = json.loads(path.read_text())["arguments"]
+    if done != list(command.arguments):
+        differ = sorted({*done} ^ {*command.arguments})
+        raise SystemExit(f"{path}: done with other options ({', '.join(differ)}). Give another --out, or remove {out}")
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -170,8 +197,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def measure_all(options: argparse.Namespace) -> None:
     """Samples every set that is not there yet, two at a time."""
-    draws = {draw.name: draw for draw in [*(d for group in GROUPS.values() for d in group), *CURVE]}
-    missing = [draw for draw in draws.values() if not set_path(options.out, draw).exists()]
+    groups = (*GROUPS.values(), CURVE, *(of.values() for of in BY_TRAINING_SEED))
+    draws = {draw.name: draw for group in groups for draw in group}
+    missing = [draw for draw in draws.values() if not is_measured(options.out, draw, options.samples)]
     if not missing:
         return
     print(f"{len(missing)} sets of {options.samples} clips to sample", flush=True)
@@ -182,6 +210,10 @@ def measure_all(options: argparse.Namespace) -> None:
 
 def set_path(out: Path, draw: Draw) -> Path:
     return out / "sets" / f"{draw.name}.json"
+
+
+def is_measured(out: Path, draw: Draw, samples: int) -> bool:
+    return set_path(out, draw).exists() and len(read_set(out, draw)) == samples
 
 
 def measure(out: Path, draw: Draw, samples: int) -> str:
@@ -200,7 +232,8 @@ def measure(out: Path, draw: Draw, samples: int) -> str:
         video, audio = latents_of(trained, dataset, references, draw, first_seed=draw.seed * samples + start)
         shown = range(max(0, min(STRIPS, samples) - start)) if draw.seed == 0 and draw.scale == 1 else range(0)
         clips += list(events(trained, references, video, audio, out / "sets" / draw.name, shown))
-    content = {**asdict(draw), "step": trained.step, "profile": profile_of(trained, draw).to_dict(), "clips": clips}
+    content = {**asdict(draw), "step": trained.step, "profile": profile_of(trained, draw).to_dict()}
+    content |= {"commit": commit(), "clips": clips}
     write_json(set_path(out, draw), content)
     counts = ", ".join(f"{sum(len(clip[name]) for clip in clips)} {name}" for name in ("impacts", "onsets"))
     return f"{draw.name}: F1 {f1(counts_of(clips)):.3f}, {counts}, {time.perf_counter() - begin:.0f} s"
@@ -329,7 +362,7 @@ def read_set(out: Path, draw: Draw) -> list[dict[str, Any]]:
 
 def minutes(out: Path, stage: str) -> float:
     """What the start took that finished the stage."""
-    return round(json.loads((out / "done" / f"{stage}.json").read_text())["seconds"] / 60, 1)
+    return round(json.loads(done_path(out, stage).read_text())["seconds"] / 60, 1)
 
 
 def training_of(out: Path, run: str) -> dict[str, Any]:
@@ -353,6 +386,16 @@ def rounded(row: dict[str, Any]) -> dict[str, float | None]:
     return {name: None if (x := row[f"loss_{name}"]) is None else round(x, 4) for name in ("video", "audio")}
 
 
+def by_training_seed(out: Path, draws: dict[str, Draw]) -> dict[str, Any]:
+    """One model's F1 in every mode, each with one seed of sampling."""
+    sets = {mode: [read_set(out, draw)] for mode, draw in draws.items()}
+    return {
+        "run": draws["joint"].run,
+        **{mode: estimate(of) for mode, of in sets.items()},
+        "chance": shuffled(sets["joint"]),
+    }
+
+
 def write_figures(options: argparse.Namespace) -> None:
     """bounce.json, the page and its pictures, from the sets of events alone."""
     sets = {name: [read_set(options.out, draw) for draw in draws] for name, draws in GROUPS.items()}
@@ -372,11 +415,12 @@ def write_figures(options: argparse.Namespace) -> None:
         "real": estimate(sets["real"]),
         "events": {name: tally(of) for name, of in sets.items()},
         "modality_guidance": curve,
-        "training": {run: training_of(options.out, run) for run in ("joint", "no_av_attention")},
+        "training_seeds": [by_training_seed(options.out, draws) for draws in BY_TRAINING_SEED],
+        "training": {run: training_of(options.out, run) for run in RUNS},
         "minutes": {p.stem: minutes(options.out, p.stem) for p in sorted((options.out / "done").glob("*.json"))},
         "command": shlex.join(["python", "-m", "tests.proofs.bounce", f"--clips={options.clips}"])
         + f" --steps={options.steps} --samples={options.samples}",
-        "commit": commit(),
+        "commits": commits(options.out),
     }
     assert all(math.isfinite(e["mean"]) for e in figures["onset_f1"].values())
     strips = {
@@ -388,8 +432,14 @@ def write_figures(options: argparse.Namespace) -> None:
     print(json.dumps(figures["onset_f1"], indent=1))
 
 
+def commits(out: Path) -> list[str]:
+    """Those at which something was made: more than one where a proof was interrupted by a change."""
+    made = [*(out / "done").glob("*.json"), *(out / "sets").glob("*.json")]
+    return sorted({json.loads(path.read_text())["commit"] for path in made})
+
+
 def commit() -> str:
-    """The commit of the working tree that was measured."""
+    """The commit of the working tree."""
     said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return said.stdout.strip() or "unknown"
 

@@ -97,7 +97,14 @@ def write(directory: Path, figures: dict[str, Any], strips: dict[str, list[Path]
     (pictures / "loss.svg").write_text(_loss_chart(figures["training"]))
     (pictures / "guidance.svg").write_text(_guidance_chart(figures["modality_guidance"]))
     text = "\n".join(
-        [*_opening(figures), *_events(figures), *_guidance(figures), *_training(figures), *_strips(strips)]
+        [
+            *_opening(figures),
+            *_events(figures),
+            *_seeds(figures),
+            *_guidance(figures),
+            *_training(figures),
+            *_strips(strips),
+        ]
     )
     (directory / "bounce.md").write_text(text + "\n")
 
@@ -139,7 +146,7 @@ def _opening(figures: dict[str, Any]) -> list[str]:
         f"onset strength, matched one to one. {clips} held-out captions, {seeds} sampling seeds, no guidance. Intervals of",
         "95 %, from drawing the captions anew; for chance the range of 95 % of the shuffles.",
         "",
-        f"Written by `{figures['command']}` at commit {figures['commit']}.",
+        f"Written by `{figures['command']}` at commit {' and '.join(figures['commits'])}.",
         "",
         "| | F1 within 50 ms | within 80 ms |",
         "|---|---|---|",
@@ -163,6 +170,22 @@ def _events(figures: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _seeds(figures: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Other trainings",
+        "",
+        "The same training from other seeds (weights, order, noise); all else is of the first. One sampling seed each.",
+        "",
+        "| | together | shuffled | picture for real sound | sound for a real picture |",
+        "|---|---|---|---|---|",
+    ]
+    for row in figures["training_seeds"]:
+        lines.append(
+            f"| {row['run']} | " + " | ".join(_cell(row[key]) for key in ("joint", "chance", "a2v", "v2a")) + " |"
+        )
+    return [*lines, ""]
+
+
 def _guidance(figures: dict[str, Any]) -> list[str]:
     lines = [
         "## Modality guidance",
@@ -181,11 +204,11 @@ def _guidance(figures: dict[str, Any]) -> list[str]:
 def _training(figures: dict[str, Any]) -> list[str]:
     minutes = ", ".join(f"{stage} {value:g}" for stage, value in figures["minutes"].items())
     steps = figures["training"]["joint"]["steps"]
-    taken = " and ".join(f"{run['minutes']:g}" for run in figures["training"].values())
+    taken = ", ".join(f"{name} {run['minutes']:g}" for name, run in figures["training"].items())
     return [
         "## Training",
         "",
-        f"{steps} steps each, one core each: {taken} minutes over all starts, with and without the exchange.",
+        f"{steps} steps each, one core each. Minutes over all starts: {taken}.",
         f"Minutes of the start that finished a stage: {minutes}.",
         "",
         "![training losses](bounce/loss.svg)",

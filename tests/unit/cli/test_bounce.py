@@ -21,7 +21,7 @@ def clips(impacts: list[list[float]], onsets: list[list[float]]) -> list[dict]:
 
 def test_both_trainings_differ_in_the_exchange_alone(tmp_path):
     """And the text features that the proof encodes have the widths that the model takes."""
-    joint, apart = (composed(*command.arguments) for command in bounce.train_stages(options(tmp_path)))
+    joint, apart = (composed(*command.arguments) for command in bounce.train_stages(options(tmp_path))[0])
     assert joint.train.run_dir != apart.train.run_dir
     assert not transformer_config(apart.model).use_audio_video_cross_attention
     apart.model.overrides["use_audio_video_cross_attention"] = True
@@ -32,6 +32,26 @@ def test_both_trainings_differ_in_the_exchange_alone(tmp_path):
         transformer_config(joint.model).audio_connector_width,
     )
     assert (f"--video-text-width={widths[0]}", f"--audio-text-width={widths[1]}") == bounce.WIDTHS
+
+
+def test_further_trainings_differ_in_the_seed_alone(tmp_path):
+    [[first, _], others] = bounce.train_stages(options(tmp_path))
+    wanted = composed(*first.arguments)
+    jobs = [composed(*command.arguments) for command in others]
+    assert [job.seed for job in (wanted, *jobs)] == list(bounce.TRAINING_SEEDS)
+    for job in jobs:
+        assert job.data.plan.seed == job.seed
+        job.seed, job.data.plan.seed, job.train.run_dir = wanted.seed, wanted.data.plan.seed, wanted.train.run_dir
+        assert job == wanted
+
+
+def test_a_stage_that_was_done_with_other_options_is_not_taken_for_done(tmp_path):
+    command = bounce.Command("nothing", "this", ("--steps=2",))
+    assert not bounce.is_done(tmp_path, command)
+    bounce.write_json(bounce.done_path(tmp_path, "nothing"), {"arguments": command.arguments})
+    assert bounce.is_done(tmp_path, command)
+    with pytest.raises(SystemExit, match=r"other options \(--steps=2, --steps=3\)"):
+        bounce.is_done(tmp_path, bounce.Command("nothing", "this", ("--steps=3",)))
 
 
 def test_clips_in_sync_have_f1_one_and_shuffled_ones_what_chance_gives():
