@@ -115,27 +115,26 @@ def figures_of(run: RunRecord) -> dict[str, list[tuple[int, dict[str, Any]]]]:
 
 
 def metrics_table(run: RunRecord) -> dict[str, Any] | None:
-    """A row per figure: at the evaluated steps, the newest with its interval, and of the real clips.
+    """A row per figure: of the newest step, with its interval, of the real clips, and of earlier steps in their order.
 
     What is to be said of the newest stands once, with the names of the figures that it is about.
     """
     found = figures_of(run)
     if not found:
         return None
-    steps = spread_out(sorted({step for entries in found.values() for step, _ in entries}))
+    *earlier, last = spread_out(sorted({step for entries in found.values() for step, _ in entries}))
     rows: list[dict[str, Any]] = []
     notes: dict[str, list[str]] = {}
     for name, entries in found.items():
         by_step, (_, newest) = dict(entries), entries[-1]
-        cells = [
-            estimate_text(by_step[step]["sampled"], interval=step == steps[-1]) if step in by_step else ""
-            for step in steps
-        ]
-        real = estimate_text(newest["real"]) if newest.get("real") else ""
-        rows.append({"name": name, "unit": newest["unit"], "cells": cells, "real": real})
+        cells = [estimate_text(by_step[last]["sampled"]) if last in by_step else ""]
+        cells += [estimate_text(newest["real"]) if newest.get("real") else ""]
+        cells += [estimate_text(by_step[s]["sampled"], interval=False) if s in by_step else "" for s in earlier]
+        rows.append({"name": name, "unit": newest["unit"], "cells": cells})
         if note := newest["sampled"].get("note"):
             notes.setdefault(note, []).append(name)
-    return {"steps": steps, "rows": rows, "notes": [{"text": k, "names": ", ".join(v)} for k, v in notes.items()]}
+    columns = [f"step {last}", "real", *(f"step {step}" for step in earlier)]
+    return {"columns": columns, "rows": rows, "notes": [{"text": k, "names": ", ".join(v)} for k, v in notes.items()]}
 
 
 def metric_charts(run: RunRecord, marks: Marks) -> list[Chart]:

@@ -279,9 +279,9 @@ def test_figures_are_drawn_whatever_their_names(run_dir):
     text = write_report(run_dir).read_text()
     table = text[text.index("Figures of the samples") :]
     assert re.search(
-        r"<td>wobble</td><td class=.left.>furlongs</td><td>1.5</td><td>3.5</td><td>7.25 \[7, 7.5\]</td>", table
+        r"<td>wobble</td><td class=.left.>furlongs</td><td>3.5</td><td>7.25 \[7, 7.5\]</td><td>1.5</td>", table
     )
-    assert re.search(r"<td>hum</td><td class=.left.>furlongs</td><td></td><td>–</td><td></td>", table)
+    assert re.search(r"<td>hum</td><td class=.left.>furlongs</td><td>–</td><td></td><td></td>", table)
     assert "few clips: wobble, hum" in table
     assert "<h3>wobble</h3>" in table
     assert "<h3>hum</h3>" not in table
