@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from data_prep import console
-from data_prep.encode import HELD_OUT, TRAIN, _finish, code_version, source_hash
+from data_prep.dropped import DROPPED_NAME, Dropped, drop
 from data_prep.jobs import Job, Report, fingerprint, run_jobs
 from data_prep.origin import Origin, known_origin
-from data_prep.pack import DROPPED_NAME, Dropped, _metadata, clip_key
 from data_prep.precomputed import (
     AUDIO,
     TEXT,
@@ -32,12 +31,13 @@ from data_prep.precomputed import (
     Entry,
     Listing,
     audio_latents,
-    drop,
     list_folder,
     text_features,
     video_latents,
 )
-from data_prep.tables import table, total
+from data_prep.rows import clip_key, read_metadata
+from data_prep.splits import SPLITS, code_version, finish, split_of, tally
+from data_prep.tables import add, table, total
 from data_prep.tars import file_sha256, state_of, write_jsonl
 from ltx2_train.data.shards import write_shard
 from ltx2_train.errors import ConfigError, DataError
@@ -132,16 +132,15 @@ def import_precomputed(
     counts = total([_listing_counts(listing, rows, captions), *(report.counts for report in reports)])
     if not counts.get("kept"):
         raise DataError(f"{out}: nothing was kept ({counts}). The reasons are in {out / DROPPED_NAME}")
-    for split in (TRAIN, HELD_OUT):
+    for split in SPLITS:
         if counts.get(f"kept_{split}"):
-            _finish(out, split, reports, settings | _facts(origin), origin)  # type: ignore[arg-type]  # names and a null context are all it asks for
+            finish(out, split, reports, settings | _facts(origin), origin.text.null)
     return counts
 
 
 def _row(entry: Entry, captions: Captions, config: ImportConfig) -> Row:
     source, caption = captions.get(entry.key, (entry.name, ""))
-    split = HELD_OUT if source_hash(source) < config.holdout * 2**63 else TRAIN
-    return Row(entry, caption, source, split)
+    return Row(entry, caption, source, split_of(source, config.holdout))
 
 
 def _jobs(rows: Sequence[Row], folder: Path, config: ImportConfig) -> list[Job]:
@@ -152,7 +151,7 @@ def _jobs(rows: Sequence[Row], folder: Path, config: ImportConfig) -> list[Job]:
 
 def _job(name: str, rows: Sequence[Row], folder: Path) -> Job:
     states = [[row.entry.key, row.caption, row.source, *map(state_of, map(str, _files(row)))] for row in rows]
-    outputs = tuple(f"{split}/{name}.tar" for split in (TRAIN, HELD_OUT))
+    outputs = tuple(f"{split}/{name}.tar" for split in SPLITS)
     return Job(name, fingerprint(states), list(rows), outputs, str(folder.resolve()))
 
 
@@ -165,8 +164,8 @@ def _settings(config: ImportConfig, origin: Origin) -> dict[str, Any]:
     return asdict(config) | {
         "dtype": config.dtype.value,
         "imported": "precomputed caches of the reference trainer",
-        "video_codec": origin.video.name,
-        "audio_codec": origin.audio.name,
+        "video_codec": origin.video_codec,
+        "audio_codec": origin.audio_codec,
         "text_encoder": origin.text.name,
         "text_cache": TextCache.FEATURES.value,
         "video_text_width": origin.text.video_width,
@@ -177,8 +176,7 @@ def _settings(config: ImportConfig, origin: Origin) -> dict[str, Any]:
 
 def _facts(origin: Origin) -> dict[str, Any]:
     """What the manifest says besides, and what may change without importing again."""
-    [null] = origin.text.encode([""])
-    return {"null_context_rows": len(null.video), "paths": origin.paths}
+    return {"null_context_rows": len(origin.text.null.video), "paths": origin.paths}
 
 
 def _listing_counts(listing: Listing, rows: Sequence[Row], captions: Any) -> dict[str, int]:
@@ -200,7 +198,7 @@ def import_shard(job: Job, directory: Path, work: Work) -> Report:
     dropped: list[dict[str, str]] = []
     outputs: dict[str, str] = {}
     keys: list[str] = []
-    for split in (TRAIN, HELD_OUT):
+    for split in SPLITS:
         (directory / split / MANIFEST_NAME).unlink(missing_ok=True)  # while a shard is replaced, nothing is finished
         rows = [row for row in job.payload if row.split == split]
         kept: list[str] = []
@@ -225,27 +223,17 @@ def _samples(
         try:
             sample = read_sample(row, work, notes)
         except Dropped as error:
-            _count(counts, f"dropped_{error.reason}")
+            add(counts, f"dropped_{error.reason}")
             dropped.append(drop(row.entry.name, error.reason, str(error)))
             continue
         for reason, detail in notes:
-            _count(counts, reason)
+            add(counts, reason)
             if detail:
                 dropped.append(drop(row.entry.name, reason, detail))
-        _tally(counts, sample, row)
+        tally(counts, sample, row.split)
+        add(counts, CACHE_BYTES, row.entry.num_bytes)
         kept.append(sample.key)
         yield sample
-
-
-def _tally(counts: dict[str, int], sample: Sample, row: Row) -> None:
-    kinds = {"va": "with_video_and_audio", "v": "video_only", "a": "audio_only"}
-    for name in ("kept", f"kept_{row.split}", f"{row.split}_{kinds[sample.bucket.signature]}"):
-        _count(counts, name)
-    _count(counts, CACHE_BYTES, row.entry.num_bytes)
-
-
-def _count(counts: dict[str, int], name: str, number: int = 1) -> None:
-    counts[name] = counts.get(name, 0) + number
 
 
 def read_sample(row: Row, work: Work, notes: list[Note]) -> Sample:
@@ -307,7 +295,7 @@ def _beside(audio: Tensor | None, video: Tensor, fps: float, work: Work, notes: 
 def read_captions(path: Path) -> dict[str, tuple[str, str]]:
     """Media path and caption by key, from the metadata file that the caches were made from. Raises `DataError`."""
     captions: dict[str, tuple[str, str]] = {}
-    for place, fields in enumerate(_metadata(path), 1):
+    for place, fields in enumerate(read_metadata(path), 1):
         media = fields.get("video") or fields.get("media_path") or fields.get("audio")
         if not media:
             raise DataError(f"{path}: row {place}: none of video, media_path and audio is given. Fill one in")
@@ -375,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = import_precomputed(o.folder, o.out, config, origin, captions, o.workers, o.replace)
     caches = counts.pop(CACHE_BYTES)
     print(table(f"imported into {o.out}", counts))
-    shards = sum(path.stat().st_size for split in (TRAIN, HELD_OUT) for path in (o.out / split).glob("*.tar"))
+    shards = sum(path.stat().st_size for split in SPLITS for path in (o.out / split).glob("*.tar"))
     print(f"{caches:,} bytes of caches became {shards:,} bytes of shards ({shards / caches:.2f} times)")
     if (o.out / DROPPED_NAME).stat().st_size:
         print(f"each sample that was dropped or changed, and its reason: {o.out / DROPPED_NAME}")

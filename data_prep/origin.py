@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.pack import Dropped
+from data_prep.dropped import Dropped
 from data_prep.precomputed import SUFFIX, TEXT, Entry, evenly, list_folder, text_features
 from ltx2_train.data.datasets import load_null_text
 from ltx2_train.errors import ConfigError, DataError
@@ -23,15 +23,8 @@ SAME_ROW = 1 / 64  # largest difference, relative to a row's root mean square, t
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A codec of which only the name is known."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
 class KnownText:
-    """What is known of the text encoder: enough for a manifest, and its features of the empty caption or no row."""
+    """What is known of a text encoder: its name, and its features of the empty caption, which may have no row."""
 
     name: str
     null: TextFeatures
@@ -44,17 +37,13 @@ class KnownText:
     def audio_width(self) -> int:
         return self.null.audio.shape[1]
 
-    def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
-        assert set(captions) == {""}, "only the empty caption's features are known"
-        return [self.null for _ in captions]
-
 
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What made a folder's latents and text features, as far as finishing a dataset asks."""
 
-    video: Named
-    audio: Named
+    video_codec: str  # its name
+    audio_codec: str
     text: KnownText
     paths: dict[str, str]  # where the released components lie, by setting: for sampling, to find them again
 
@@ -88,7 +77,7 @@ def known_origin(
             "Give that of the text encoder that made them"
         )
     name = _unknown(text_encoder, "text encoder") if encoder is None else encoder.name
-    video, audio = Named(_codec_name(video_codec, "video")), Named(_codec_name(audio_codec, "audio"))
+    video, audio = _codec_name(video_codec, "video"), _codec_name(audio_codec, "audio")
     given = {
         "video_codec": video_codec,
         "audio_codec": audio_codec,

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.pack import Dropped, clip_key
+from data_prep.dropped import Dropped, drop
+from data_prep.rows import clip_key
 from ltx2_train.errors import DataError
 from ltx2_train.geometry import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS
 from ltx2_train.record import TextFeatures
@@ -123,11 +124,6 @@ def _unread(root: Path, kinds: Collection[str]) -> dict[str, int]:
         if path.is_file() and not (folder in kinds and path.suffix == SUFFIX):
             counts[folder] = counts.get(folder, 0) + 1
     return dict(sorted(counts.items()))
-
-
-def drop(file: str, reason: str, detail: str) -> dict[str, str]:
-    """A line of `dropped.jsonl`."""
-    return {"file": file, "reason": reason, "detail": detail}
 
 
 # --- one sample ---

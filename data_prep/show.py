@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from data_prep import console
-from data_prep.encode import KEY_MAP
+from data_prep.raw import KEY_MAP
 from data_prep.tars import Members, list_shards, read_tar
 from ltx2_train.cli.components import Components, ComponentsConfig
 from ltx2_train.errors import DataError

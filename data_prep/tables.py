@@ -3,6 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 
+def add(counts: dict[str, int], name: str, number: int = 1) -> None:
+    """Count `number` more of what is called `name`."""
+    counts[name] = counts.get(name, 0) + number
+
+
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sums of several counts, in the order in which the names first come."""
     sums: dict[str, int] = {}

@@ -139,6 +139,25 @@ def test_ltx2_train_never_imports_data_prep(all_imports):
     assert not [str(f) for f in all_imports if f.path.startswith("ltx2_train/") and is_within(f.module, "data_prep")]
 
 
+def test_the_programs_of_data_prep_do_not_import_each_other(all_imports):
+    programs = {path.stem for path in sources("data_prep") if '__name__ == "__main__"' in path.read_text()}
+    assert {"pack", "encode", "show", "import_precomputed"} <= programs
+    modules = {f"data_prep.{program}" for program in programs}
+    assert not [str(f) for f in all_imports if f.path.startswith("data_prep/") and f.module in modules]
+
+
+def test_a_private_name_stays_in_its_module():
+    borrowed = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {alias.name} of {node.module}"
+        for path in sources("ltx2_train", "data_prep", "conf")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not borrowed, "\n".join(borrowed)
+
+
 @pytest.mark.parametrize("library", sorted(DOORS))
 def test_a_library_is_imported_at_its_door_only(library, all_imports):
     doors = DOORS[library]

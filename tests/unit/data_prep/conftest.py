@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.buckets import parse_buckets
-from data_prep.encode import EncodeConfig
+from data_prep.encode_config import EncodeConfig
 from data_prep.pack import PackConfig, pack
 from data_prep.synth import write_world
 from ltx2_train.data.synthetic import WorldConfig
@@ -27,6 +27,13 @@ def raw(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("raw")
     pack(world, directory, PackConfig(clips_per_shard=3))
     return directory
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty directory for the files of one test."""
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
 
 
 @pytest.fixture

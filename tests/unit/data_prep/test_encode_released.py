@@ -10,7 +10,8 @@ import torch
 from data_prep import codec_choice
 from data_prep import encode as encode_module
 from data_prep.buckets import parse_buckets
-from data_prep.encode import EncodeConfig, encode, main
+from data_prep.encode import encode, main
+from data_prep.encode_config import Dtype, EncodeConfig, choice_of, settings_of
 from data_prep.tars import write_tar
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.data.datasets import check_compatible, check_mixture, open_dataset
@@ -60,7 +61,7 @@ def released(releases, gemmas):
             text_encoder=str(gemmas[generation]),
             text_weights=str(release.text_projection),
             connectors=str(release.transformer),
-            **{"dtype": encode_module.Dtype.FP32} | fields,
+            **{"dtype": Dtype.FP32} | fields,
         )
 
     return configure
@@ -210,19 +211,19 @@ def test_the_program_states_both_sizes_as_they_are(shard, tmp_path, capsys, rele
 
 
 def test_what_the_text_encoder_computes_in_belongs_to_the_dataset(released):
-    codecs = codec_choice.build_codecs(encode_module.codec_choice(released("2.3")))
-    on_cpu, on_gpu = (encode_module._settings(replace(released("2.3"), device=d), codecs) for d in ("cpu", "cuda:1"))
+    codecs = codec_choice.build_codecs(choice_of(released("2.3")))
+    on_cpu, on_gpu = (settings_of(replace(released("2.3"), device=d), codecs) for d in ("cpu", "cuda:1"))
     assert (on_cpu["text_dtype"], on_gpu["text_dtype"]) == ("fp32", "bf16")
-    chosen = encode_module.codec_choice(replace(released("2.3"), device="cuda:1"))
+    chosen = choice_of(replace(released("2.3"), device="cuda:1"))
     assert (chosen.text_dtype, chosen.video_dtype) == (torch.bfloat16, torch.bfloat16)
     assert codecs.text.dtype == torch.float32
-    embedded = encode_module.codec_choice(EncodeConfig(buckets=parse_buckets("32x32x17"), device="cuda"))
+    embedded = choice_of(EncodeConfig(buckets=parse_buckets("32x32x17"), device="cuda"))
     assert embedded.text_dtype is None
 
 
 def test_text_of_another_dtype_is_refused(shard, released, encoded, monkeypatch):
     directory = encoded("2.3")
-    monkeypatch.setattr(encode_module, "_text_dtype", lambda config: encode_module.Dtype.BF16)
+    monkeypatch.setattr(EncodeConfig, "text_dtype", Dtype.BF16)
     with pytest.raises(ConfigError, match=r"other settings \(text_dtype: fp32 there, bf16 now\)"):
         encode([shard], directory, released("2.3"))
 

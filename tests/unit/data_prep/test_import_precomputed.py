@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from data_prep import import_precomputed as program
+from data_prep.dropped import Dropped
 from data_prep.import_precomputed import Dtype, ImportConfig, import_precomputed, main, read_captions
 from data_prep.origin import common_first_row, known_origin
-from data_prep.pack import Dropped
 from data_prep.precomputed import list_folder, video_latents
 from ltx2_train.codecs import load_audio_codec, load_video_codec
 from ltx2_train.data.datasets import load_null_text, open_dataset, save_null_text
@@ -499,7 +499,7 @@ def test_a_share_of_the_samples_is_held_out_by_name(caches, tmp_path):
 def test_the_null_context_is_the_first_row_that_all_captions_share(caches):
     for name in ("a", "b", "c"):
         caches.add(name)
-    [null] = known_origin(caches.folder, *NAMES).text.encode([""])
+    null = known_origin(caches.folder, *NAMES).text.null
     assert torch.equal(null.video, FIRST[0][None])
     assert torch.equal(null.audio, FIRST[1][None])
 
@@ -538,7 +538,7 @@ def test_a_null_context_that_is_not_known_has_no_row_and_can_be_added_without_im
 
 def test_the_text_encoder_gives_the_null_context_where_the_folder_does_not_show_it(caches):
     caches.add("a", conditions=text_file(5, (12, 12)))
-    null = known_origin(caches.folder, *NAMES[:2], "hashed").text.encode([""])[0]
+    null = known_origin(caches.folder, *NAMES[:2], "hashed").text.null
     assert (null.video.shape, null.audio.shape) == ((1, 12), (1, 12))
 
 
@@ -701,7 +701,7 @@ def test_the_null_context_of_the_folder_is_what_the_text_encoder_gives_for_the_e
         names = ("video_prompt_embeds", "audio_prompt_embeds", "prompt_attention_mask")
         caches.add(caption[:5], conditions=dict(zip(names, (*embeds, mask), strict=True)))
     known = known_origin(caches.folder, *NAMES[:2], str(gemma), str(weights))
-    [null], [empty] = known.text.encode([""]), encoder.encode([""])
+    null, [empty] = known.text.null, encoder.encode([""])
     assert known.text.name == encoder.name
     torch.testing.assert_close(null.video, empty.video, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(null.audio, empty.audio, rtol=1e-5, atol=1e-5)
