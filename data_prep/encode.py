@@ -29,14 +29,25 @@ from data_prep.dropped import DROPPED_NAME, EmptyCaption, drop
 from data_prep.encode_config import Dtype, EncodeConfig, choice_of, released_paths, settings_of
 from data_prep.jobs import Job, Report, fingerprint, run_jobs
 from data_prep.latents import encode_windows
-from data_prep.raw import PACK_NAME, parse_key_map, sources_in
-from data_prep.splits import HELD_OUT, SPLITS, finish, held_out_sources, outputs_of, split_of, tally
+from data_prep.raw import PACK_NAME, parse_key_map
+from data_prep.splits import (
+    HELD_OUT,
+    MANIFESTS,
+    SPLITS,
+    HoldoutBy,
+    finish,
+    held_out_names,
+    names_in,
+    outputs_of,
+    split_of,
+    tally,
+)
 from data_prep.tables import add, table, total
 from data_prep.tars import file_sha256, list_shards, size_of, state_of, write_jsonl
 from data_prep.windows import shard_windows
 from ltx2_train.data.shards import write_shard
 from ltx2_train.errors import DataError
-from ltx2_train.record import MANIFEST_NAME, Sample, TextCache
+from ltx2_train.record import Sample, TextCache
 from ltx2_train.text import Quantisation
 from ltx2_train.text.encoder import MAX_ROWS
 
@@ -47,7 +58,9 @@ class RawShard:
 
     url: str
     digest: str | None  # its SHA-256, where that is known
-    held_out: frozenset[str] | None  # its sources that are held out; None: the share of `EncodeConfig` decides
+    held_out: (
+        frozenset[str] | None
+    )  # its sources or captions that are held out; None: the share of `EncodeConfig` decides
 
 
 def encode(
@@ -60,7 +73,7 @@ def encode(
     jobs = _jobs(list_shards(raw), config)
     codecs = build_codecs(choice_of(config))
     settings = settings_of(config, codecs)
-    reports = run_jobs(encode_shard, jobs, out, settings, config, workers, replace)
+    reports = run_jobs(encode_shard, jobs, out, settings, config, workers, replace, finished_by=MANIFESTS)
     _refuse_repeated_keys(jobs, reports)
     write_jsonl(out / DROPPED_NAME, (row for report in reports for row in report.dropped))
     counts, told = {}, {"raw": _origins(jobs), "paths": released_paths(config)}
@@ -78,11 +91,13 @@ def _jobs(shards: Sequence[str], config: EncodeConfig) -> list[Job]:
     known = _known_digests(shards)
     held_out: dict[str, frozenset[str]] = {}
     if config.holdout_count:  # the only reason to read all shards beforehand
-        held_out = held_out_sources({url: sources_in(url, config.key_map) for url in shards}, config.holdout_count)
+        held_out = held_out_names(
+            {url: names_in(url, config.holdout_by, config.key_map) for url in shards}, config.holdout_count
+        )
     jobs = []
     for place, url in enumerate(shards):
         shard, name = RawShard(url, known.get(url), held_out.get(url)), _job_name(shards, place)
-        # Held-out sources change when shards are added: a shard that has such a one is other input than before.
+        # What is held out changes when shards are added: a shard that has some of it is other input than before.
         mark = fingerprint([shard.digest or state_of(url), sorted(shard.held_out or ())])
         outputs = tuple(f"{split}/{name}.tar" for split in SPLITS)
         jobs.append(Job(name, mark, shard, outputs, url if "://" in url else str(Path(url).resolve())))
@@ -128,8 +143,6 @@ def encode_shard(job: Job, directory: Path, config: EncodeConfig) -> Report:
     """Write the latent shards of one raw shard. Raises `DataError` for a damaged one and for latents with NaN."""
     shard: RawShard = job.payload
     is_verified = _verify(shard)
-    for split in SPLITS:  # while a shard is replaced, the directory is not finished
-        (directory / split / MANIFEST_NAME).unlink(missing_ok=True)
     counts: dict[str, int] = {}
     dropped: list[dict[str, str]] = []
     held_out: list[Sample] = []  # waits for the end, while the larger split is written as it comes
@@ -147,7 +160,8 @@ def _shard_samples(
     """The samples of a raw shard, one at a time; what becomes of its clips is counted and named."""
     codecs = build_codecs(choice_of(config))
     for sample in encode_windows(shard_windows(shard.url, config, counts, dropped, decode), codecs, config):
-        split = sample.meta["split"] = split_of(sample.meta["source"], config.holdout, shard.held_out)
+        name = sample.caption if config.holdout_by is HoldoutBy.CAPTION else sample.meta["source"]
+        split = sample.meta["split"] = split_of(name, config.holdout, shard.held_out)
         if cut := codecs.text.rows_cut(sample.caption):
             add(counts, "caption_cut")
             detail = f"kept, but {codecs.text.name} left away the last {cut} rows of its caption"
@@ -230,8 +244,12 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--audio-only-seconds", type=float, help="keep records without picture, in such windows")
     policies = [policy.value for policy in EmptyCaption]
     parser.add_argument("--empty-caption", choices=policies, default="keep", help="clips without a caption")
-    parser.add_argument("--holdout", type=float, default=0.0, help="share of the source files to hold out")
-    parser.add_argument("--holdout-count", type=int, default=0, help="hold out this many source files instead")
+    parser.add_argument(
+        "--holdout", type=float, default=0.0, help="share of the source files, or captions, to hold out"
+    )
+    parser.add_argument("--holdout-count", type=int, default=0, help="hold out this many instead")
+    sides = [by.value for by in HoldoutBy]
+    parser.add_argument("--holdout-by", choices=sides, default="source", help="what is held out; source: files")
     parser.add_argument("--key-map", default="", help='members of a foreign WebDataset: "video=mp4,caption=txt"')
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="bf16", help="of stored tensors")
     parser.add_argument("--device", default="cpu", help='of codecs and text encoder; "cuda": a GPU per worker, in turn')
@@ -274,6 +292,7 @@ def default_workers(asked: int | None, device: str, cores: int) -> int:
 
 
 KINDS = {
+    "holdout_by": HoldoutBy,
     "empty_caption": EmptyCaption,
     "dtype": Dtype,
     "codec_dtype": Dtype,

@@ -11,7 +11,7 @@ from data_prep.buckets import PixelBucket
 from data_prep.codec_choice import CodecChoice, Codecs, process_device
 from data_prep.dropped import EmptyCaption
 from data_prep.raw import KEY_MAP
-from data_prep.splits import code_version
+from data_prep.splits import HoldoutBy, code_version
 from ltx2_train.codecs import EMBEDDED as EMBEDDED_CODECS
 from ltx2_train.errors import ConfigError
 from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND
@@ -69,9 +69,11 @@ class EncodeConfig:
     empty_caption: EmptyCaption = EmptyCaption.KEEP
     """What becomes of records without a caption."""
     holdout: float = 0.0
-    """Share of the source files that is held out, by the hash of their names."""
+    """Share of the source files, or captions, that is held out, by the hash of their names."""
     holdout_count: int = 0
-    """Instead of a share: how many source files are held out."""
+    """Instead of a share: how many are held out."""
+    holdout_by: HoldoutBy = HoldoutBy.SOURCE
+    """Whether source files are held out, or captions."""
     key_map: dict[str, list[str]] = field(default_factory=dict)
     """Member extensions of `video`, `audio`, `caption` and `json`; what is not given keeps its default."""
     dtype: Dtype = Dtype.BF16
@@ -148,6 +150,7 @@ def settings_of(config: EncodeConfig, codecs: Codecs) -> dict[str, Any]:
         "dtype": config.dtype.value,
         "codec_dtype": config.video_dtype,
         "empty_caption": config.empty_caption.value,
+        "holdout_by": config.holdout_by.value,
         "key_map": KEY_MAP | config.key_map,
         "crop": "centre",
         "resize": "bicubic, antialiased, covering",

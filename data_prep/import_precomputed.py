@@ -36,13 +36,13 @@ from data_prep.precomputed import (
     video_latents,
 )
 from data_prep.rows import clip_key, read_metadata
-from data_prep.splits import SPLITS, code_version, finish, split_of, tally
+from data_prep.splits import MANIFESTS, SPLITS, code_version, finish, split_of, tally
 from data_prep.tables import add, table, total
 from data_prep.tars import file_sha256, state_of, write_jsonl
 from ltx2_train.data.shards import write_shard
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, audio_latent_length, pixel_frames
-from ltx2_train.record import MANIFEST_NAME, Sample, TextCache, TextFeatures
+from ltx2_train.record import Sample, TextCache, TextFeatures
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,8 @@ def import_precomputed(
     rows = [_row(entry, captions or {}, config) for entry in listing.entries]
     work = Work(config, (origin.text.video_width, origin.text.audio_width), AUDIO in listing.kinds)
     settings = _settings(config, origin)
-    reports = run_jobs(import_shard, _jobs(rows, folder, config), out, settings, work, workers, replace)
+    jobs = _jobs(rows, folder, config)
+    reports = run_jobs(import_shard, jobs, out, settings, work, workers, replace, finished_by=MANIFESTS)
     dropped = listing.dropped + [line for report in reports for line in report.dropped]
     write_jsonl(out / DROPPED_NAME, dropped)
     counts = total([_listing_counts(listing, rows, captions), *(report.counts for report in reports)])
@@ -199,7 +200,6 @@ def import_shard(job: Job, directory: Path, work: Work) -> Report:
     outputs: dict[str, str] = {}
     keys: list[str] = []
     for split in SPLITS:
-        (directory / split / MANIFEST_NAME).unlink(missing_ok=True)  # while a shard is replaced, nothing is finished
         rows = [row for row in job.payload if row.split == split]
         kept: list[str] = []
         path = directory / split / f"{job.name}.tar"

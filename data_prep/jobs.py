@@ -73,21 +73,31 @@ def run_jobs(
     config: Any,
     workers: int,
     replace: bool = False,
+    *,
+    finished_by: Sequence[str],
 ) -> list[Report]:
     """Reports of all jobs, in their order; finished ones are not done again.
 
-    `work(job, directory, config)` runs in `workers` processes (1: in this one). Raises `ConfigError` when the directory
-    holds work of other settings, `DataError` when it holds shards of other input (`replace` removes these instead) and
-    when a job fails, after the others have finished.
+    `work(job, directory, config)` runs in `workers` processes (1: in this one). `finished_by`: the files that tell
+    readers that the directory is finished. The caller writes them last; here they go before the first shard does.
+    Raises `ConfigError` when the directory holds work of other settings, `DataError` when it holds shards of other input
+    (`replace` removes these instead) and when a job fails, after the others have finished.
     """
     if workers < 1:
         raise ConfigError(f"workers: {workers}; need at least 1")
     with _locked(directory):
         _claim(directory, settings)
-        _make_way(directory, jobs, replace)
-        _sweep(directory)
-        mark = fingerprint(settings)
+        mark, strangers = fingerprint(settings), _strangers(directory, jobs)
+        if strangers and not replace:
+            raise DataError(f"{directory} holds shards that are not made from this input: "
+                            f"{_named(strangers, directory)}. Give another --out to keep them, name their input too, "
+                            "or remove them with --replace")  # fmt: skip
         todo = [job for job in jobs if _finished(directory, job, mark) is None]
+        if strangers or todo:
+            for name in finished_by:
+                (directory / name).unlink(missing_ok=True)
+        _remove(strangers, directory)
+        _sweep(directory)
         if len(todo) < len(jobs):
             log.info("%s: %d of %d shards are finished already", directory, len(jobs) - len(todo), len(jobs))
         failures = {}
@@ -212,19 +222,16 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
                           "Give another --out, or delete that directory to begin anew")  # fmt: skip
 
 
-def _make_way(directory: Path, jobs: Sequence[Job], replace: bool) -> None:
-    """Refuse a directory that holds shards of other input than these jobs', or with `replace` remove those shards."""
-    strangers = _strangers(directory, jobs)
-    if not strangers:
-        return
-    names = ", ".join(str(path.relative_to(directory)) for path in strangers[:8])
-    names += f" and {len(strangers) - 8} more" if len(strangers) > 8 else ""
-    if not replace:
-        raise DataError(f"{directory} holds shards that are not made from this input: {names}. Give another --out to "
-                        "keep them, name their input too, or remove them with --replace")  # fmt: skip
-    log.warning("%s: removed, as they are not made from this input: %s", directory, names)
+def _remove(strangers: Sequence[Path], directory: Path) -> None:
+    if strangers:
+        log.warning("%s: removed, as they are not made from this input: %s", directory, _named(strangers, directory))
     for path in strangers:
         path.unlink()
+
+
+def _named(shards: Sequence[Path], directory: Path) -> str:
+    names = ", ".join(str(path.relative_to(directory)) for path in shards[:8])
+    return names + (f" and {len(shards) - 8} more" if len(shards) > 8 else "")
 
 
 def _strangers(directory: Path, jobs: Sequence[Job]) -> list[Path]:

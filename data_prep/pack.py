@@ -70,7 +70,7 @@ def pack(source: Path, out: Path, config: PackConfig, workers: int = 1, replace:
     size = config.clips_per_shard
     groups = [rows[at : at + size] for at in range(0, len(rows), size)]
     jobs = [_job(f"shard-{i:06d}", group, source) for i, group in enumerate(groups)]
-    reports = run_jobs(pack_shard, jobs, out, _settings(config), config, workers, replace)
+    reports = run_jobs(pack_shard, jobs, out, _settings(config), config, workers, replace, finished_by=(PACK_NAME,))
     counts = total([{"files": len(rows), "kept": 0}, *(report.counts for report in reports)])
     write_jsonl(out / DROPPED_NAME, (row for report in reports for row in report.dropped))
     shards = {name: digest for report in reports for name, digest in report.outputs.items()}

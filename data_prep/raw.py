@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.dropped import Dropped
-from data_prep.tars import Members, read_tar
+from data_prep.tars import Members
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.media.probe import IMAGE_SUFFIXES
 
@@ -70,11 +70,6 @@ def source_of(key: str, fields: Mapping[str, Any]) -> str:
 def truth_of(fields: Mapping[str, Any]) -> Any:
     """What the metadata said beside the caption; of a foreign record all of its json."""
     return fields.get("truth", {k: v for k, v in fields.items() if k != "caption"})
-
-
-def sources_in(url: str, key_map: KeyMap) -> set[str]:
-    """The sources of all records of a raw shard."""
-    return {source_of(key, raw_json(key, members, key_map)) for key, members in read_tar(url)}
 
 
 def read_caption(text: bytes, name: str) -> str:

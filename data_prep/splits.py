@@ -1,41 +1,65 @@
-"""The two splits of a latent dataset: which source files go where, what is counted of each, and what finishes it."""
+"""The two splits of a latent dataset: which sources or captions go where, what is counted of each, what finishes it."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from data_prep.dropped import Dropped
 from data_prep.jobs import Report
+from data_prep.raw import KeyMap, caption_of, raw_json, source_of
 from data_prep.tables import add, total
+from data_prep.tars import read_tar
 from ltx2_train.data.datasets import save_null_text
 from ltx2_train.data.index import build_index
-from ltx2_train.errors import ConfigError
-from ltx2_train.record import Manifest, Sample, TextFeatures
+from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.record import MANIFEST_NAME, Manifest, Sample, TextFeatures
 from ltx2_train.rng import derive_seed
 
 TRAIN, HELD_OUT = "train", "heldout"
 SPLITS = (TRAIN, HELD_OUT)
+MANIFESTS = tuple(f"{split}/{MANIFEST_NAME}" for split in SPLITS)  # what finishes them, as named in their directory
 
 
-def source_hash(source: str) -> int:
-    """A number in [0, 2^63) that depends on the source's name alone."""
-    return derive_seed("held out", source)
+class HoldoutBy(StrEnum):
+    """What stays together on one side of the split."""
+
+    SOURCE = "source"  # all that was cut from one file
+    CAPTION = "caption"  # all that has one caption: training never sees a held-out prompt
 
 
-def held_out_sources(sources: Mapping[str, AbstractSet[str]], count: int) -> dict[str, frozenset[str]]:
-    """Which of its `sources` each shard holds out: in all, the `count` of smallest hash."""
-    every = set().union(*sources.values())
+def names_in(url: str, by: HoldoutBy, key_map: KeyMap) -> set[str]:
+    """The sources, or captions, of all records of a raw shard, but for those that cannot be read and become no clip."""
+    names = set()
+    for key, members in read_tar(url):
+        with suppress(DataError, Dropped):
+            fields = raw_json(key, members, key_map)
+            is_source = by is HoldoutBy.SOURCE
+            names.add(source_of(key, fields) if is_source else caption_of(key, members, fields, key_map))
+    return names
+
+
+def name_hash(name: str) -> int:
+    """A number in [0, 2^63) that depends on a source's name, or on a caption, alone."""
+    return derive_seed("held out", name)
+
+
+def held_out_names(names: Mapping[str, AbstractSet[str]], count: int) -> dict[str, frozenset[str]]:
+    """Which of its `names` (sources or captions) each shard holds out: in all, the `count` of smallest hash."""
+    every = set().union(*names.values())
     if len(every) <= count:
-        raise ConfigError(f"holdout_count: {count}; need less than the {len(every)} source files")
-    held_out = set(sorted(every, key=source_hash)[:count])
-    return {url: frozenset(there & held_out) for url, there in sources.items()}
+        raise ConfigError(f"holdout_count: {count}; need less than the {len(every)} that there are")
+    held_out = set(sorted(every, key=name_hash)[:count])
+    return {url: frozenset(there & held_out) for url, there in names.items()}
 
 
-def split_of(source: str, share: float, held_out: AbstractSet[str] | None = None) -> str:
-    """Where a source goes: held out when `held_out` has it; where that is not known, when its hash lies in the `share`."""
+def split_of(name: str, share: float, held_out: AbstractSet[str] | None = None) -> str:
+    """Where a source or caption goes: held out when `held_out` has it; where that is not known, by `share` and hash."""
     if held_out is not None:
-        return HELD_OUT if source in held_out else TRAIN
-    return HELD_OUT if source_hash(source) < share * 2**63 else TRAIN
+        return HELD_OUT if name in held_out else TRAIN
+    return HELD_OUT if name_hash(name) < share * 2**63 else TRAIN
 
 
 def tally(counts: dict[str, int], sample: Sample, split: str) -> None:

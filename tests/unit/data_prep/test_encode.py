@@ -21,7 +21,7 @@ from data_prep.encode_config import Dtype, EncodeConfig
 from data_prep.jobs import Job
 from data_prep.pack import PackConfig, pack
 from data_prep.raw import parse_key_map
-from data_prep.splits import source_hash
+from data_prep.splits import HoldoutBy, name_hash
 from data_prep.tars import file_sha256, write_tar
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.codecs.resample import to_stereo
@@ -228,7 +228,7 @@ def test_the_split_goes_by_source_file(foreign, tmp_path, clip, config):
 
 
 def test_no_source_is_on_both_sides_when_shards_are_added(foreign, tmp_path, clip, config):
-    names = sorted((f"film{i}" for i in range(12)), key=source_hash)
+    names = sorted((f"film{i}" for i in range(12)), key=name_hash)
 
     def shard(name: str, sources: list[str]) -> str:
         records = {
@@ -254,8 +254,22 @@ def test_no_source_is_on_both_sides_when_shards_are_added(foreign, tmp_path, cli
     assert tars[0] == tars[1]
 
 
+@pytest.mark.parametrize("how", [{"holdout_count": 2}, {"holdout": 0.4}])
+def test_held_out_captions_are_none_that_training_sees(foreign, tmp_path, clip, config, how):
+    texts = [f"a ball of colour {i % 5}" for i in range(10)]
+    records = {f"c{i}": {"mp4": clip.read_bytes(), "txt": f" {text}\n".encode()} for i, text in enumerate(texts)}
+    small = replace(config, buckets=parse_buckets("64x64x9"), holdout_by=HoldoutBy.CAPTION, **how)
+    encode([foreign(records)], tmp_path / "out", small)
+    train, held_out = (samples(tmp_path / "out" / split) for split in ("train", "heldout"))
+    seen, unseen = ({s.caption for s in part.values()} for part in (train, held_out))
+    assert unseen
+    assert seen | unseen == set(texts)
+    assert not seen & unseen
+    assert "holdout_count" not in how or unseen == set(sorted(seen | unseen, key=name_hash)[:2])
+
+
 def test_holding_out_everything_is_refused(raw, tmp_path, config):
-    with pytest.raises(ConfigError, match="holdout_count: 14; need less than the 14 source files"):
+    with pytest.raises(ConfigError, match="holdout_count: 14; need less than the 14 that there are"):
         encode([str(raw)], tmp_path, replace(config, holdout_count=14))
 
 
@@ -367,6 +381,25 @@ def test_a_dataset_of_which_a_shard_is_done_anew_is_not_finished(foreign, tmp_pa
     with pytest.raises(DataError, match="1 of 1 shards failed"):
         encode([path], tmp_path / "out", config)
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+def test_a_packed_shard_that_became_another_and_is_damaged_leaves_no_finished_dataset(world, tmp_path, config):
+    pack(world, tmp_path / "raw", PackConfig(clips_per_shard=5))
+    encode([str(tmp_path / "raw")], tmp_path / "out", config)
+    listing = tmp_path / "raw" / "pack.json"
+    told = json.loads(listing.read_text())
+    told["shards"]["shard-000001.tar"] = "0" * 64
+    listing.write_text(json.dumps(told))
+    with pytest.raises(DataError, match="1 of 3 shards failed"):
+        encode([str(tmp_path / "raw")], tmp_path / "out", config)
+    assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+def test_a_record_with_corrupt_json_is_dropped_where_sources_are_counted_too(foreign, tmp_path, clip, config):
+    records = {name: {"mp4": clip.read_bytes(), "json": b'{"source": "%s"}' % name.encode()} for name in "abc"}
+    records["bad"] = {"mp4": clip.read_bytes(), "json": b"{"}
+    counts = encode([foreign(records)], tmp_path / "out", replace(config, holdout_count=1))["all"]
+    assert (counts["kept_train"], counts["kept_heldout"], counts["dropped_corrupt"]) == (2, 1, 1)
 
 
 def test_captions_that_are_cut_or_cannot_be_read_are_counted_and_named(foreign, tmp_path, clip, config):
