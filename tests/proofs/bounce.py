@@ -3,9 +3,9 @@
 python -m tests.proofs.bounce [--out outputs/bounce] [--docs docs] [--clips 6400] [--steps 4000] [--samples 128]
 
 Writes clips of a bouncing ball whose impacts no caption tells the time of, trains `experiment=bounce` on them, and beside it
-the same without attention between the streams. Both are sampled on held-out captions with three seeds: sound and picture
-together, the picture for real sound (a2v), the sound for a real picture (v2a), and together at rising modality guidance.
-Nothing else is guided. The training is done again from two other seeds, to see what luck does. Impacts are upward turns of
+the same without attention between the streams. Four of the world's captions (a colour on a background) are held out with all
+their clips; for them both are sampled with three seeds: sound and picture together, the picture for real sound (a2v), the
+sound for a real picture (v2a), and together at rising modality guidance. Nothing else is guided. Impacts are upward turns of
 the tracked ball, clicks are peaks of onset strength; F1 counts matches within 50 ms, one to one.
 
 Every stage that is done stays done: interrupted, the same command goes on; with other options it is refused. Two processes
@@ -18,9 +18,11 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -45,11 +47,10 @@ if TYPE_CHECKING:
 
 SIZE = {"width": 64, "height": 64, "frames": 81, "fps": 50}
 WIDTHS = ("--video-text-width=160", "--audio-text-width=128")  # of conf/model/bounce.yaml
-HELDOUT = 256
+HELD_OUT_CAPTIONS = 4
 TOLERANCE = 0.05  # s
 WIDE_TOLERANCE = 0.08  # s, reported beside it
 SEEDS = (0, 1, 2)  # of the noise that clips are sampled from
-TRAINING_SEEDS = (0, 1, 2)  # the first is that of everything but the table of training seeds
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # of modality guidance
 WITHOUT_EXCHANGE = "+model.overrides.use_audio_video_cross_attention=false"
 RESAMPLINGS = 2000
@@ -63,7 +64,7 @@ PROCESSES = 2
 class Draw:
     """One set of sampled clips: `run` names the model, `mode` what is given to it."""
 
-    run: str  # of RUNS; real: held-out clips through the codec
+    run: str  # joint, no_av_attention; real: held-out clips through the codec
     mode: str  # joint, a2v (the sound is given), v2a (the picture is given)
     seed: int
     scale: float = 1.0  # of modality guidance
@@ -74,7 +75,6 @@ class Draw:
 
 
 RUNS = {"joint": (), "no_av_attention": (WITHOUT_EXCHANGE,)}
-RUNS |= {f"joint_seed{seed}": (f"seed={seed}",) for seed in TRAINING_SEEDS[1:]}
 GROUPS = {
     "joint": [Draw("joint", "joint", seed) for seed in SEEDS],
     "no_av_attention": [Draw("no_av_attention", "joint", seed) for seed in SEEDS],
@@ -82,10 +82,7 @@ GROUPS = {
     "v2a": [Draw("joint", "v2a", seed) for seed in SEEDS],
     "real": [Draw("real", "joint", 0)],
 }
-BY_TRAINING_SEED = [
-    {mode: Draw(run, mode, seed=0) for mode in ("joint", "a2v", "v2a")} for run in RUNS if run != "no_av_attention"
-]
-CURVE = [Draw("joint", "joint", seed, scale) for scale in SCALES for seed in SEEDS[: 3 if scale == 1 else 1]]
+CURVE = [Draw("joint", "joint", seed, scale) for scale in SCALES for seed in SEEDS]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,14 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("outputs/bounce"), help="data, runs and samples (outputs/bounce)"
     )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the figures go (docs)")
-    parser.add_argument("--clips", type=int, default=6400, help="clips to write; 256 of them are held out (6400)")
+    parser.add_argument("--clips", type=int, default=6400, help="clips to write, held-out ones included (6400)")
     parser.add_argument("--steps", type=int, default=4000, help="of each training (4000)")
-    parser.add_argument("--samples", type=int, default=128, help="held-out captions per set (128)")
+    parser.add_argument("--samples", type=int, default=128, help="held-out clips that sets are like (128)")
     options = parser.parse_args(argv)
+    if options.samples < 2:
+        parser.error("--samples: need at least 2, so that sounds can be exchanged")
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that is started here
-    for stage in (*data_stages(options), *train_stages(options)):
+    for stage in data_stages(options):
         if code := run_side_by_side(options.out, stage):
             return code
+    check_held_out(options)
+    if code := run_side_by_side(options.out, train_stages(options)):
+        return code
     measure_all(options)
     write_figures(options)
     return 0
@@ -125,49 +127,66 @@ def data_stages(options: argparse.Namespace) -> list[list[Command]]:
     size = [f"--{name}={value}" for name, value in SIZE.items()]
     bucket = "{width}x{height}x{frames}".format(**SIZE)
     synth = ("--out", str(world), f"--clips={options.clips}", *size, "--silent-fraction=0", "--image-fraction=0")
+    held_out = f"--holdout-count={HELD_OUT_CAPTIONS}"
     encode = (str(raw), "--out", str(options.out / "latents"), f"--buckets={bucket}", *WIDTHS)
     return [
         [Command("synth", "data_prep.synth", synth)],
         [Command("pack", "data_prep.pack", (str(world / "metadata.jsonl"), "--out", str(raw)))],
-        [Command("encode", "data_prep.encode", (*encode, f"--holdout-count={min(HELDOUT, options.clips // 4)}"))],
+        [Command("encode", "data_prep.encode", (*encode, "--holdout-by=caption", held_out))],
     ]
 
 
-def train_stages(options: argparse.Namespace) -> list[list[Command]]:
-    """The model and the one without exchange: same data, seed and steps. Then the model from other seeds."""
+def train_stages(options: argparse.Namespace) -> list[Command]:
+    """The model and the one without exchange: same data, seed and steps."""
     latents = options.out / "latents"
     common = ("experiment=bounce", f"train.max_steps={options.steps}", f"data.datasets.0.path={latents / 'train'}")
     common += (f"evaluation.datasets=[{latents / 'heldout'}]", "sinks.wandb=false")
-    commands = [
+    return [
         Command(name, "ltx2_train.cli.train", (*common, f"train.run_dir={options.out / name}", *more))
         for name, more in RUNS.items()
     ]
-    return [commands[i : i + PROCESSES] for i in range(0, len(commands), PROCESSES)]
+
+
+def check_held_out(options: argparse.Namespace) -> None:
+    """Ends the program where training sees a held-out caption, or fewer clips are held out than are to be sampled."""
+    seen, unseen = (captions(options.out, split) for split in ("train", "heldout"))
+    if both := set(seen) & set(unseen):
+        raise SystemExit(f"{options.out / 'latents'}: {min(both)!r} is in both splits. Remove {options.out}")
+    if len(unseen) < options.samples:
+        raise SystemExit(
+            f"--samples {options.samples}: only {len(unseen)} clips are held out. Ask for fewer, or more --clips"
+        )
+
+
+def captions(out: Path, split: str) -> list[str]:
+    """Of all clips of a split."""
+    from ltx2_train.data.datasets import open_dataset
+
+    dataset = open_dataset(str(out / "latents" / split))
+    return [dataset.read(i).caption for i in range(len(dataset))]
 
 
 def run_side_by_side(out: Path, commands: Sequence[Command]) -> int:
     """Runs what is not done yet, all at once; the first exit status that is not 0."""
-    processes, begin = [], time.perf_counter()
+    begin, processes = time.perf_counter(), {}
     for command in commands:
-        if is_done(out, command):
-            continue
-        print("$ " + shlex.join(["python", "-m", command.module, *command.arguments]), flush=True)
-        processes.append((command, subprocess.Popen([sys.executable, "-m", command.module, *command.arguments])))
-    codes = []
+        if not is_done(out, command):
+            print("$ " + shlex.join(["python", "-m", command.module, *command.arguments]), flush=True)
+            processes[command] = subprocess.Popen([sys.executable, "-m", command.module, *command.arguments])
+    running = list(processes)
     try:
-        for command, process in processes:
-            codes.append(process.wait())
-            if not codes[-1]:
-                done = {
-                    "arguments": command.arguments,
-                    "seconds": round(time.perf_counter() - begin),
-                    "commit": commit(),
-                }
-                write_json(done_path(out, command.name), done)
+        while running:
+            time.sleep(0.2)
+            ended = [command for command in running if processes[command].poll() is not None]
+            for command in ended:
+                running.remove(command)
+                if processes[command].returncode == 0:
+                    done = {"arguments": command.arguments, "commit": commit()}
+                    write_json(done_path(out, command.name), done | {"seconds": round(time.perf_counter() - begin)})
     finally:
-        for _, process in processes:
+        for process in processes.values():
             process.terminate()
-    return next(filter(None, codes), 0)
+    return next(filter(None, (process.returncode for process in processes.values())), 0)
 
 
 def done_path(out: Path, stage: str) -> Path:
@@ -197,9 +216,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def measure_all(options: argparse.Namespace) -> None:
     """Samples every set that is not there yet, two at a time."""
-    groups = (*GROUPS.values(), CURVE, *(of.values() for of in BY_TRAINING_SEED))
-    draws = {draw.name: draw for group in groups for draw in group}
-    missing = [draw for draw in draws.values() if not is_measured(options.out, draw, options.samples)]
+    draws = {draw.name: draw for group in (*GROUPS.values(), CURVE) for draw in group}
+    models = {run: model_digest(options.out, run) for run in RUNS}
+    missing = [draw for draw in draws.values() if not is_measured(options, draw, models[model_of(draw)])]
     if not missing:
         return
     print(f"{len(missing)} sets of {options.samples} clips to sample", flush=True)
@@ -212,8 +231,25 @@ def set_path(out: Path, draw: Draw) -> Path:
     return out / "sets" / f"{draw.name}.json"
 
 
-def is_measured(out: Path, draw: Draw, samples: int) -> bool:
-    return set_path(out, draw).exists() and len(read_set(out, draw)) == samples
+def model_of(draw: Draw) -> str:
+    """The run whose codecs, and but for real clips whose weights, make a set."""
+    return "joint" if draw.run == "real" else draw.run
+
+
+def model_digest(out: Path, run: str) -> str:
+    """Of the checkpoint that is sampled, and so of every tensor in it."""
+    from ltx2_train.cli.runs import find_checkpoint
+    from ltx2_train.train.checkpoint import MANIFEST
+
+    return json.loads((find_checkpoint(out / run) / MANIFEST).read_text())["digest"]
+
+
+def is_measured(options: argparse.Namespace, draw: Draw, model: str) -> bool:
+    """Whether the set is there, made by this model and as large."""
+    if not (path := set_path(options.out, draw)).exists():
+        return False
+    found = json.loads(path.read_text())
+    return found["model"] == model and len(found["clips"]) == options.samples
 
 
 def measure(out: Path, draw: Draw, samples: int) -> str:
@@ -225,7 +261,7 @@ def measure(out: Path, draw: Draw, samples: int) -> str:
     begin = time.perf_counter()
     dataset = open_dataset(str(out / "latents" / "heldout"))
     places = [i * len(dataset) // samples for i in range(samples)]
-    trained = load_trained(out / ("joint" if draw.run == "real" else draw.run))
+    trained = load_trained(out / model_of(draw))
     clips = []
     for start in range(0, samples, BATCH_SIZE):
         references = [dataset.read(i) for i in places[start : start + BATCH_SIZE]]
@@ -233,7 +269,7 @@ def measure(out: Path, draw: Draw, samples: int) -> str:
         shown = range(max(0, min(STRIPS, samples) - start)) if draw.seed == 0 and draw.scale == 1 else range(0)
         clips += list(events(trained, references, video, audio, out / "sets" / draw.name, shown))
     content = {**asdict(draw), "step": trained.step, "profile": profile_of(trained, draw).to_dict()}
-    content |= {"commit": commit(), "clips": clips}
+    content |= {"model": model_digest(out, model_of(draw)), "commit": commit(), "clips": clips}
     write_json(set_path(out, draw), content)
     counts = ", ".join(f"{sum(len(clip[name]) for clip in clips)} {name}" for name in ("impacts", "onsets"))
     return f"{draw.name}: F1 {f1(counts_of(clips)):.3f}, {counts}, {time.perf_counter() - begin:.0f} s"
@@ -310,8 +346,8 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def estimate(sets: Sequence[list[dict[str, Any]]], tolerance: float = TOLERANCE) -> dict[str, float]:
-    """F1 over all clips of sets of the same captions; 95 % interval by drawing the captions anew, with all their clips."""
-    counts = np.stack([counts_of(clips, tolerance) for clips in sets])  # (sets, captions, 2)
+    """F1 over sets like the same held-out clips; 95 % interval by drawing these anew, each with its sample in every set."""
+    counts = np.stack([counts_of(clips, tolerance) for clips in sets])  # (sets, held-out clips, 2)
     draws = np.random.default_rng(0).integers(counts.shape[1], size=(RESAMPLINGS, counts.shape[1]))
     return {"mean": round(f1(counts), 4), **interval([f1(counts[:, draw]) for draw in draws])}
 
@@ -335,7 +371,8 @@ def _pair(seen: dict[str, Any], heard: dict[str, Any], tolerance: float) -> tupl
 
 
 def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A permutation that leaves nothing in its place."""
+    """A permutation that leaves nothing in its place: of more than one."""
+    assert size > 1, "one clip has no other's sound"
     while True:
         order = rng.permutation(size)
         if not (order == np.arange(size)).any():
@@ -361,12 +398,12 @@ def read_set(out: Path, draw: Draw) -> list[dict[str, Any]]:
 
 
 def minutes(out: Path, stage: str) -> float:
-    """What the start took that finished the stage."""
+    """From the start of a stage to its end; of one that was interrupted, of its last start."""
     return round(json.loads(done_path(out, stage).read_text())["seconds"] / 60, 1)
 
 
 def training_of(out: Path, run: str) -> dict[str, Any]:
-    """Steps, minutes over all starts, and the course of the losses."""
+    """Steps, the minutes that they took alone, and the course of the losses."""
     lines = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "event" not in line]
     heldout = [line for line in lines if line.get("event") == "heldout"]
@@ -386,16 +423,6 @@ def rounded(row: dict[str, Any]) -> dict[str, float | None]:
     return {name: None if (x := row[f"loss_{name}"]) is None else round(x, 4) for name in ("video", "audio")}
 
 
-def by_training_seed(out: Path, draws: dict[str, Draw]) -> dict[str, Any]:
-    """One model's F1 in every mode, each with one seed of sampling."""
-    sets = {mode: [read_set(out, draw)] for mode, draw in draws.items()}
-    return {
-        "run": draws["joint"].run,
-        **{mode: estimate(of) for mode, of in sets.items()},
-        "chance": shuffled(sets["joint"]),
-    }
-
-
 def write_figures(options: argparse.Namespace) -> None:
     """bounce.json, the page and its pictures, from the sets of events alone."""
     sets = {name: [read_set(options.out, draw) for draw in draws] for name, draws in GROUPS.items()}
@@ -407,6 +434,7 @@ def write_figures(options: argparse.Namespace) -> None:
     figures = {
         "num_clips": options.samples,
         "seeds": len(SEEDS),
+        "captions": {split: dict(Counter(captions(options.out, split))) for split in ("train", "heldout")},
         "tolerance_ms": round(1000 * TOLERANCE),
         "onset_f1": {name: estimate(of) for name, of in model.items()} | {"chance": shuffled(sets["joint"])},
         "onset_f1_80_ms": {name: estimate(of, WIDE_TOLERANCE) for name, of in model.items()}
@@ -415,7 +443,6 @@ def write_figures(options: argparse.Namespace) -> None:
         "real": estimate(sets["real"]),
         "events": {name: tally(of) for name, of in sets.items()},
         "modality_guidance": curve,
-        "training_seeds": [by_training_seed(options.out, draws) for draws in BY_TRAINING_SEED],
         "training": {run: training_of(options.out, run) for run in RUNS},
         "minutes": {p.stem: minutes(options.out, p.stem) for p in sorted((options.out / "done").glob("*.json"))},
         "command": shlex.join(["python", "-m", "tests.proofs.bounce", f"--clips={options.clips}"])
@@ -445,4 +472,5 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes what was started along
     sys.exit(main())

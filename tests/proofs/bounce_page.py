@@ -100,7 +100,6 @@ def write(directory: Path, figures: dict[str, Any], strips: dict[str, list[Path]
         [
             *_opening(figures),
             *_events(figures),
-            *_seeds(figures),
             *_guidance(figures),
             *_training(figures),
             *_strips(strips),
@@ -135,6 +134,7 @@ def _cell(estimate: dict[str, float]) -> str:
 
 def _opening(figures: dict[str, Any]) -> list[str]:
     clips, seeds = figures["num_clips"], figures["seeds"]
+    seen, unseen = figures["captions"]["train"], figures["captions"]["heldout"]
     lines = [
         "# The click falls on the impact",
         "",
@@ -143,8 +143,10 @@ def _opening(figures: dict[str, Any]) -> list[str]:
         "whether the streams listen to each other. All of it, from nothing: `make proof-bounce`.",
         "",
         f"Onset F1 within {figures['tolerance_ms']} ms: impacts are upward turns of the tracked ball, clicks are peaks of",
-        f"onset strength, matched one to one. {clips} held-out captions, {seeds} sampling seeds, no guidance. Intervals of",
-        "95 %, from drawing the captions anew; for chance the range of 95 % of the shuffles.",
+        f"onset strength, matched one to one. {clips} held-out clips give captions, sounds and pictures; {seeds} sampling",
+        "seeds each, one training seed, no guidance. Intervals of 95 %, from drawing these clips anew; for chance the range",
+        f"of 95 % of the shuffles. Of the world's {len(unseen) + len(seen)} captions {len(unseen)} are held out with",
+        "all their clips: training never sees these prompts.",
         "",
         f"Written by `{figures['command']}` at commit {' and '.join(figures['commits'])}.",
         "",
@@ -170,34 +172,18 @@ def _events(figures: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _seeds(figures: dict[str, Any]) -> list[str]:
-    lines = [
-        "## Other trainings",
-        "",
-        "The same training from other seeds (weights, order, noise); all else is of the first. One sampling seed each.",
-        "",
-        "| | together | shuffled | picture for real sound | sound for a real picture |",
-        "|---|---|---|---|---|",
-    ]
-    for row in figures["training_seeds"]:
-        lines.append(
-            f"| {row['run']} | " + " | ".join(_cell(row[key]) for key in ("joint", "chance", "a2v", "v2a")) + " |"
-        )
-    return [*lines, ""]
-
-
 def _guidance(figures: dict[str, Any]) -> list[str]:
     lines = [
         "## Modality guidance",
         "",
         "Both streams guided away from the prediction without the exchange; 1 is off.",
         "",
-        "| scale | F1 within 50 ms | shuffled | impacts per clip | onsets per clip |",
-        "|---|---|---|---|---|",
+        "| scale | clips | F1 within 50 ms | shuffled | impacts per clip | onsets per clip |",
+        "|---|---|---|---|---|---|",
     ]
     for row in figures["modality_guidance"]:
         each = " | ".join(f"{row[name] / row['clips']:.2f}" for name in ("impacts", "onsets"))
-        lines.append(f"| {row['scale']:g} | {_cell(row)} | {row['chance']:.3f} | {each} |")
+        lines.append(f"| {row['scale']:g} | {row['clips']} | {_cell(row)} | {row['chance']:.3f} | {each} |")
     return [*lines, "", "![F1 against modality guidance](bounce/guidance.svg)", ""]
 
 
@@ -208,8 +194,8 @@ def _training(figures: dict[str, Any]) -> list[str]:
     return [
         "## Training",
         "",
-        f"{steps} steps each, one core each. Minutes over all starts: {taken}.",
-        f"Minutes of the start that finished a stage: {minutes}.",
+        f"{steps} steps each, one core each. Minutes that the steps took: {taken}; that a stage took, from (its last)",
+        f"start to end: {minutes}.",
         "",
         "![training losses](bounce/loss.svg)",
         "",

@@ -1,6 +1,7 @@
 """The bounce proof: what its two trainings are, and that its figures say what the events say."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def clips(impacts: list[list[float]], onsets: list[list[float]]) -> list[dict]:
 
 def test_both_trainings_differ_in_the_exchange_alone(tmp_path):
     """And the text features that the proof encodes have the widths that the model takes."""
-    joint, apart = (composed(*command.arguments) for command in bounce.train_stages(options(tmp_path))[0])
+    joint, apart = (composed(*command.arguments) for command in bounce.train_stages(options(tmp_path)))
     assert joint.train.run_dir != apart.train.run_dir
     assert not transformer_config(apart.model).use_audio_video_cross_attention
     apart.model.overrides["use_audio_video_cross_attention"] = True
@@ -34,17 +35,6 @@ def test_both_trainings_differ_in_the_exchange_alone(tmp_path):
     assert (f"--video-text-width={widths[0]}", f"--audio-text-width={widths[1]}") == bounce.WIDTHS
 
 
-def test_further_trainings_differ_in_the_seed_alone(tmp_path):
-    [[first, _], others] = bounce.train_stages(options(tmp_path))
-    wanted = composed(*first.arguments)
-    jobs = [composed(*command.arguments) for command in others]
-    assert [job.seed for job in (wanted, *jobs)] == list(bounce.TRAINING_SEEDS)
-    for job in jobs:
-        assert job.data.plan.seed == job.seed
-        job.seed, job.data.plan.seed, job.train.run_dir = wanted.seed, wanted.data.plan.seed, wanted.train.run_dir
-        assert job == wanted
-
-
 def test_a_stage_that_was_done_with_other_options_is_not_taken_for_done(tmp_path):
     command = bounce.Command("nothing", "this", ("--steps=2",))
     assert not bounce.is_done(tmp_path, command)
@@ -52,6 +42,35 @@ def test_a_stage_that_was_done_with_other_options_is_not_taken_for_done(tmp_path
     assert bounce.is_done(tmp_path, command)
     with pytest.raises(SystemExit, match=r"other options \(--steps=2, --steps=3\)"):
         bounce.is_done(tmp_path, bounce.Command("nothing", "this", ("--steps=3",)))
+
+
+def test_stages_that_run_side_by_side_have_times_of_their_own(tmp_path):
+    quick = bounce.Command("quick", "timeit", ("-n1", "-r1", "pass"))
+    slow = bounce.Command("slow", "timeit", ("-n1", "-r1", "-s", "import time", "time.sleep(2)"))
+    assert bounce.run_side_by_side(tmp_path, [slow, quick]) == 0
+    took = {name: json.loads(bounce.done_path(tmp_path, name).read_text())["seconds"] for name in ("slow", "quick")}
+    assert took["quick"] < took["slow"]
+
+
+def test_a_failed_stage_ends_the_program_and_is_done_again(tmp_path):
+    failing = bounce.Command("failing", "timeit", ("-n1", "-r1", "raise ValueError"))
+    assert bounce.run_side_by_side(tmp_path, [failing]) != 0
+    assert not bounce.is_done(tmp_path, failing)
+
+
+def test_a_set_of_another_model_or_size_is_sampled_again(tmp_path):
+    draw, one = bounce.Draw("joint", "joint", 0), {"impacts": [], "onsets": []}
+    assert not bounce.is_measured(options(tmp_path), draw, "abc")
+    bounce.write_json(bounce.set_path(tmp_path, draw), {"model": "abc", "clips": [one] * 4})
+    assert bounce.is_measured(options(tmp_path), draw, "abc")
+    assert not bounce.is_measured(options(tmp_path), draw, "other")
+    assert not bounce.is_measured(options(tmp_path, samples=5), draw, "abc")
+
+
+def test_too_few_clips_to_exchange_sounds_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bounce.main(["--samples=1"])
+    assert "--samples: need at least 2" in capsys.readouterr().err
 
 
 def test_clips_in_sync_have_f1_one_and_shuffled_ones_what_chance_gives():
