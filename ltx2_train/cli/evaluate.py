@@ -171,6 +171,7 @@ def _sample(
         sampling = Sampling(
             profile=trained.profile,
             negative=dataset.known_null_text("sampling"),
+            streams=trained.streams,
             keyframe_marker=trained.keyframe_marker,
             dtype=trained.dtype,
         )

@@ -40,7 +40,11 @@ class Released:
     """Frames, width, height and fps of a clip where they are not given."""
 
     streams: frozenset[Stream] = frozenset(Stream)
-    """What the model makes."""
+    """What the model has, and makes."""
+
+    @property
+    def built(self) -> frozenset[Stream]:
+        return self.streams
 
     @property
     def identity(self) -> dict[str, Any]:

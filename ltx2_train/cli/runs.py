@@ -65,6 +65,11 @@ class Trained:
     @property
     def streams(self) -> frozenset[Stream]:
         """What the model makes."""
+        return self.job.sampled_streams
+
+    @property
+    def built(self) -> frozenset[Stream]:
+        """The streams that the model has."""
         return frozenset(self.job.model.streams)
 
     @property

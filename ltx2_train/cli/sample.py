@@ -26,7 +26,8 @@ Make clips from prompts: with a trained model, the newest complete checkpoint of
 profile that is stored with it, and the codecs and text encoder its data was made with; or with released weights, as they
 are or with LoRA files added.
 
-A prompt alone gives picture and sound. An --image becomes the first frame. An --audio file is kept as the sound, and a
+A prompt alone gives picture and sound, or the one of them that the run was trained on; of --frames 1 the picture alone,
+unless wav is asked for. An --image becomes the first frame. An --audio file is kept as the sound, and a
 picture is generated to it; a --video file is kept as the picture, and sound is generated to it. What is given is written
 as it came, cropped and cut to the clip, and not as the codec would show it; the first frame comes out of the codec.
 
@@ -211,7 +212,12 @@ def _ground(options: argparse.Namespace, source: "Trained | Released") -> "Groun
     from ltx2_train.evals.planning import Ground
 
     return Ground(
-        identity={**source.identity, "dtype": str(source.dtype), "tile": options.tile and list(options.tile)},
+        identity={
+            **source.identity,
+            "streams": sorted(source.streams),
+            "dtype": str(source.dtype),
+            "tile": options.tile and list(options.tile),
+        },
         streams=source.streams,
         size=cache(lambda: _size(source)),
         profile=lambda request: _profile(request, source),
@@ -388,10 +394,11 @@ def _profile(request: "ClipRequest", source: "Trained | Released") -> "SamplerPr
     """The profile of a request: its own, or that of the model, with its own number of steps."""
     from dataclasses import replace
 
-    from ltx2_train.diffusion.profiles import check_generation, profile
+    from ltx2_train.diffusion.profiles import check_generation, check_streams, profile
 
     chosen = source.profile if request.profile is None else profile(request.profile)
     check_generation(chosen, source.generation)
+    check_streams(chosen, source.built)
     return chosen if request.steps is None else replace(chosen, steps=request.steps)
 
 

@@ -18,6 +18,7 @@ from ltx2_train.evals.heldout import HeldoutConfig
 from ltx2_train.evals.samples import SamplesConfig
 from ltx2_train.model.build import ModelConfig
 from ltx2_train.model.lora import LoraConfig
+from ltx2_train.model.modality import Stream
 from ltx2_train.train.ema import EmaConfig
 from ltx2_train.train.optim import OptimConfig
 from ltx2_train.train.sinks import SinksConfig
@@ -107,6 +108,14 @@ class TrainJob:
     sinks: SinksConfig = field(default_factory=SinksConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     components: ComponentsConfig = field(default_factory=ComponentsConfig)
+
+    @property
+    def sampled_streams(self) -> frozenset[Stream]:
+        """What the model makes: all that it is built with where it began with weights, else what it is trained on.
+
+        A stream that no one trained makes noise, and what it sends to the other is noise.
+        """
+        return frozenset(self.objective.streams if self.model.weights is None else self.model.streams)
 
 
 def register() -> None:

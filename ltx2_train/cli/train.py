@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from threading import Thread
@@ -291,12 +292,14 @@ def check_streams(job: "TrainJob") -> None:
 
 
 def check_profile(job: "TrainJob", config: "TransformerConfig") -> None:
-    """Raises `ConfigError` for a sampler profile of another generation than the released weights of the run."""
-    from ltx2_train.diffusion.profiles import check_generation, profile
+    """Raises `ConfigError` for a sampler profile that the model cannot be sampled with."""
+    from ltx2_train.diffusion.profiles import check_generation, check_streams, profile
     from ltx2_train.model.generation import generation_of
 
+    chosen = profile(job.evaluation.profile)
+    check_streams(chosen, frozenset(job.model.streams))
     if job.model.weights is not None:
-        check_generation(profile(job.evaluation.profile), generation_of(config))
+        check_generation(chosen, generation_of(config))
 
 
 def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":
@@ -522,7 +525,8 @@ def evaluators(
             measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
             found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights, others=others)
         if settings.samples is not None:
-            samples = Samples(dataset, _sampling(job, dataset, marker), codecs, settings.samples, world)
+            sampling = agreed(world, partial(_sampling, job, dataset, marker))
+            samples = agreed(world, partial(Samples, dataset, sampling, codecs, settings.samples, world))
             found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)
     return found
 
@@ -539,7 +543,10 @@ def _sampling(job: "TrainJob", dataset: "LatentDataset", marker: bool) -> Any:
     from ltx2_train.evals.samples import Sampling
 
     return Sampling(
-        profile=profile(job.evaluation.profile), negative=dataset.known_null_text("sampling"), keyframe_marker=marker
+        profile=profile(job.evaluation.profile),
+        negative=dataset.known_null_text("sampling"),
+        streams=job.sampled_streams,
+        keyframe_marker=marker,
     )
 
 

@@ -1,5 +1,6 @@
 """Sampler profiles: everything that decides how a model is sampled, under one name that goes into the checkpoint."""
 
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -36,6 +37,7 @@ from ltx2_train.diffusion.sigmas import (
     shifted_schedule,
 )
 from ltx2_train.errors import ConfigError
+from ltx2_train.model.modality import Stream
 
 
 class Schedule(StrEnum):
@@ -283,3 +285,22 @@ def check_generation(chosen_profile: SamplerProfile, generation: str) -> None:
         f"sampler profile {chosen_profile.name}: made for LTX-{' and '.join(made_for)}, and this model is of generation "
         f"{generation}; choose one of {', '.join(fitting)}"
     )
+
+
+def check_streams(chosen_profile: SamplerProfile, streams: AbstractSet[Stream]) -> None:
+    """Raises `ConfigError` when the profile guides the only stream of a model by another one. It names those that fit."""
+    if len(streams) > 1:
+        return
+    [stream] = streams
+    guidance = guidance_of(chosen_profile, stream)
+    if not guidance.modality_weight:
+        return
+    fitting = [p.name for p in PROFILES.values() if not guidance_of(p, stream).modality_weight]
+    raise ConfigError(
+        f"sampler profile {chosen_profile.name}: guides {stream} by the other stream (modality {guidance.modality:g}), and "
+        f"this model has {stream} alone; choose one of {', '.join(fitting)}"
+    )
+
+
+def guidance_of(chosen_profile: SamplerProfile, stream: Stream) -> GuidanceConfig:
+    return chosen_profile.video if stream is Stream.video else chosen_profile.audio

@@ -41,15 +41,28 @@ def lock_directory(directory: Path, world: Ranks, taken: str) -> Iterator[None]:
             _let_go(held, Path(directory))
 
 
+@contextmanager
+def lock_alone(directory: Path, taken: str) -> Iterator[None]:
+    """As `lock_directory`, for this process by itself, whatever other ranks do."""
+    held = _take(directory, taken)
+    try:
+        yield
+    finally:
+        _let_go(held, directory)
+
+
 def _take(directory: Path, taken: str) -> IO[str]:
     path = directory / LOCK
     while True:
         directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        try:
+            file = path.open("a+")
+        except FileNotFoundError:  # whoever held it removed the directory meanwhile
+            continue
         if not _lock(file, directory):
-            holder = path.read_text() or "just started"
-            file.close()
-            raise ConfigError(taken.replace("{holder}", holder))
+            with file:
+                file.seek(0)
+                raise ConfigError(taken.replace("{holder}", file.read() or "just started"))
         if _is_still(path, file):
             break
         file.close()  # the run that held it has ended and removed it meanwhile

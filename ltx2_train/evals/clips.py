@@ -19,6 +19,7 @@ from ltx2_train.codecs.resample import resample, to_stereo
 from ltx2_train.codecs.residence import at_work
 from ltx2_train.diffusion.generate import Generated, Request, generate
 from ltx2_train.diffusion.profiles import SamplerProfile
+from ltx2_train.distributed.lock import lock_alone
 from ltx2_train.errors import DataError, Ltx2Error
 from ltx2_train.evals.files import write_json
 from ltx2_train.evals.planning import LATENT_STEP, Batch, Clip, Outcome, State
@@ -226,11 +227,11 @@ class ClipMaker:
 
     def _finish(self, clip: Clip, given: Given, latents: Generated, row: int, step_seconds: float) -> Outcome:
         """Decode what was generated and write it; only then an earlier clip gives way, and the receipt comes last."""
-        check_free(self.directory, clip.name, clip.files)
         if not all(bool(x[row].isfinite().all()) for x in (latents.video, latents.audio) if x is not None):
             raise DataError("the model gave NaN or infinity, so nothing is written. Try other steps or weaker guidance")
         pictures, sound = self._decoded(clip, given, latents, row)
         with staged(self.directory, clip) as folder:
+            check_free(self.directory, clip.name, clip.files)
             write_clip(folder, clip, pictures, sound)
             receipt = {
                 "digest": clip.digest,
@@ -259,15 +260,20 @@ class ClipMaker:
 
 @contextmanager
 def staged(directory: Path, clip: Clip) -> Iterator[Path]:
-    """An empty folder in `directory` for media that are being written. It vanishes, with what is still in it."""
-    begun = begun_path(directory, clip.name)
-    folder = begun.parent / "media"
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed command
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder if begun.exists() else begun.parent)
+    """An empty folder in `directory` for media that are being written. It vanishes, with what is still in it.
+
+    Raises `ConfigError` while another command writes the clip of that name.
+    """
+    place = begun_path(directory, clip.name).parent
+    taken = "another command writes it ({holder}). Let that end and do this again, or name another --out"
+    with lock_alone(place, taken):
+        folder = place / "media"
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed command
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def settle(directory: Path, clip: Clip, folder: Path, receipt: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from ltx2_train.model.modality import Stream
 from ltx2_train.record import Bucket
 
 LATENT_STEP = 1 / AUDIO_STEPS_PER_SECOND  # s; less sound than this is not missed
+LEAST_STEPS = 2  # of sound: one is less than the window that a spectrogram is made audible with
 RECEIPT_VERSION = 1  # raise when the same request would be made otherwise: everything is made again then
 
 
@@ -30,7 +32,7 @@ class Ground:
     identity: Mapping[str, Any]
     """What decides on the clips beside the requests: plain values. Where they change, everything is made again."""
     streams: frozenset[Stream]
-    """What the model makes."""
+    """What the model was trained to make."""
     size: Callable[[], Mapping[str, Any]]
     """Frames, width, height and fps where they are not given. Called only then."""
     profile: Callable[[ClipRequest], SamplerProfile]
@@ -152,13 +154,9 @@ def _clip(one: Asked, ground: Ground) -> Clip:
     request = one.request
     has_video, has_audio = _streams(request, ground.streams)
     profile = ground.profile(request)
-    for stream, guidance in (("video", profile.video), ("audio", profile.audio)):
-        if len(ground.streams) == 1 and stream in ground.streams and guidance.modality_weight != 0:
-            raise ConfigError(
-                f"profile {profile.name} guides {stream} by the other stream (modality {guidance.modality:g}), and this "
-                f"model makes {stream} alone. Name a profile without that"
-            )
     request = _sized(request, ground, has_video)
+    if has_video and has_audio and request.frames == 1 and not _asks_for_sound(request):
+        request, has_audio = replace(request, silent=True), False
     if request.format is None:
         request = replace(request, format=[(OutputFormat.mp4 if has_video else OutputFormat.wav).value])
     _bucket(request, has_video, has_audio)
@@ -171,14 +169,19 @@ def _streams(request: ClipRequest, streams: frozenset[Stream]) -> tuple[bool, bo
     for name, stream in (("audio", Stream.audio), ("video", Stream.video), ("image", Stream.video)):
         if getattr(request, name) and len(streams) == 1 and (name != "image" or stream not in streams):
             raise ConfigError(
-                f"{name}={getattr(request, name)}: this model makes {_named(streams)} alone. Leave it out"
+                f"{name}={getattr(request, name)}: this model was trained to make {_named(streams)} alone. Leave it out"
             )
     if not has_video and not has_audio:
-        raise ConfigError("silent: this model makes sound alone, so nothing would be left. Leave it out")
+        raise ConfigError("silent: this model was trained to make sound alone, so nothing would be left. Leave it out")
     needs = {"mp4": has_video, "png": has_video, "wav": has_audio}
     if missing := [name for name in request.format or () if not needs[name]]:
-        raise ConfigError(f"format={missing[0]}: this model makes {_named(streams)} alone. Leave it out")
+        raise ConfigError(f"format={missing[0]}: this model was trained to make {_named(streams)} alone. Leave it out")
     return has_video, has_audio
+
+
+def _asks_for_sound(request: ClipRequest) -> bool:
+    """Whether its sound is given, to be written by itself, or all that is generated."""
+    return bool(request.audio or request.video or OutputFormat.wav in (request.format or ()))
 
 
 def _named(streams: frozenset[Stream]) -> str:
@@ -256,11 +259,20 @@ def _bucket(request: ClipRequest, has_video: bool, has_audio: bool) -> Bucket:
         rows, columns = latent_size(request.height, "height"), latent_size(request.width, "width")
         grid = (latent_frames(request.frames), rows, columns)
     steps = audio_latent_length(request.frames, request.fps) if has_audio else 0
-    if has_audio and not steps:
-        needed = LATENT_STEP / 2 * request.fps
-        raise DataError(f"{request.frames} frames at {request.fps:g} per second are too short for sound. "
-                        f"Ask for more than {needed:.0f} frames, or for silent")  # fmt: skip
+    if has_audio and steps < LEAST_STEPS:
+        silent = ", or for silent" if has_video and not _asks_for_sound(request) else ""
+        enough = _frames_with_sound(request.fps, TIME_SCALE if has_video else 1)
+        raise DataError(
+            f"{request.frames} frames at {request.fps:g} per second are too short for sound (latent steps: {steps}, must "
+            f"be >= {LEAST_STEPS}). Ask for {enough} frames or more{silent}"
+        )
     return Bucket(*grid, steps)
+
+
+def _frames_with_sound(fps: float, stride: int) -> int:
+    """The fewest frames, 1 and a multiple of `stride`, whose sound can be decoded."""
+    frames = math.ceil(((LEAST_STEPS - 0.5) * LATENT_STEP * fps - 1) / stride) * stride + 1
+    return frames if audio_latent_length(frames, fps) >= LEAST_STEPS else frames + stride
 
 
 def _digest(request: ClipRequest, profile: SamplerProfile, identity: Mapping[str, Any]) -> str:

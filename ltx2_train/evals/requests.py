@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -78,8 +79,8 @@ class ClipRequest:
         for name, least in (("count", 1), ("steps", 1), ("frames", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{name}={value}: must be >= {least}")
-        if self.fps is not None and not self.fps > 0:
-            raise ConfigError(f"fps={self.fps}: must be > 0")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ConfigError(f"fps={self.fps}: must be > 0, and no infinity")
         self._check_name()
         self.format = None if self.format is None else [chosen(OutputFormat, x, "format").value for x in self.format]
         if self.format == []:

@@ -28,9 +28,10 @@ from ltx2_train.evals.metrics import Clip, Measured, Settings, build_metrics, ch
 from ltx2_train.evals.metrics.metric import share as share_of
 from ltx2_train.evals.sync import TOLERANCE, compare, match_counts
 from ltx2_train.evals.unfinished import Done, Unfinished
-from ltx2_train.geometry import SPACE_SCALE, pixel_frames
+from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, SPACE_SCALE, pixel_frames
 from ltx2_train.media.video import to_frames
-from ltx2_train.media.write import write_mp4, write_png
+from ltx2_train.media.write import write_mp4, write_png, write_wav
+from ltx2_train.model.modality import Stream
 from ltx2_train.record import Bucket, Sample, TextFeatures
 
 STRIP_FRAMES = 8
@@ -50,7 +51,7 @@ class SamplesConfig:
     clips: int = 16
     """Held-out captions to sample, spread evenly over the split."""
     shown: int = 4
-    """How many of them become mp4 files, beside the real clip."""
+    """How many of them become mp4 files (wav where there is sound alone), beside the real clip."""
     batch_size: int = 16
     """Clips sampled together."""
     seed: int = 0
@@ -104,10 +105,11 @@ class Codecs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the model is asked: the profile stored with it, the null context, what it is fed."""
+    """How the model is asked: the profile stored with it, the null context, what it is fed, what it was trained to make."""
 
     profile: SamplerProfile
     negative: TextFeatures
+    streams: frozenset[Stream] = frozenset(Stream)
     keyframe_marker: bool = True
     dtype: torch.dtype = torch.float32
 
@@ -125,7 +127,8 @@ class _Take:
 class Samples:
     """Samples a model on held-out captions. All ranks call it together, and all sample the same number of batches.
 
-    Clips that have both modalities and move are taken where there are any, so that sound and picture can be compared.
+    They are asked for in the streams that the model was trained on, and compared with these of the real clips. Clips that
+    have all of them and move are taken where there are any, so that sound and picture can be compared.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class Samples:
     ) -> None:
         self.dataset, self.sampling, self.codecs, self.config, self.world = dataset, sampling, codecs, config, world
         rest(*codecs.movable)  # until there is something to decode, the room is the model's
-        candidates = _talking_clips(dataset)
+        candidates = _talking_clips(dataset, sampling.streams)
         chosen = spread(len(candidates), config.clips, dataset.location)
         self.indices = [candidates[i] for i in chosen]
         chosen_metrics = names() if config.metrics is None else config.metrics
@@ -190,7 +193,12 @@ class Samples:
         sampling, manifest = self.sampling, self.dataset.manifest
         return {
             "weights": [origin, step, weights],
-            "sampling": [sampling.profile.to_dict(), sampling.keyframe_marker, str(sampling.dtype)],
+            "sampling": [
+                sampling.profile.to_dict(),
+                sampling.keyframe_marker,
+                str(sampling.dtype),
+                sorted(sampling.streams),
+            ],
             "data": [self.dataset.location, manifest.shards, self.indices],
             "codecs": [self.codecs.video.name, self.codecs.audio.name, self.codecs.tile],
             "config": asdict(self.config),
@@ -211,14 +219,15 @@ class Samples:
         return [turn for groups in alike.values() for turn in share(groups, self.world)]
 
     def _bucket(self, number: int) -> Bucket:
-        return self.dataset.index.bucket(self.indices[number % len(self.indices)])
+        bucket = self.dataset.index.bucket(self.indices[number % len(self.indices)])
+        return _bucket_of(bucket, self.sampling.streams)
 
     def _read(self, numbers: Sequence[int]) -> list[_Take]:
         takes = []
         for number in numbers:
             clip = number % len(self.indices)
             reference = self.dataset.read(self.indices[clip])
-            request = request_like(reference, self.sampling.negative, self.config.seed + number)
+            request = request_like(reference, self.sampling.negative, self.config.seed + number, self.sampling.streams)
             takes.append(_Take(number, clip, reference, request))
         return takes
 
@@ -251,7 +260,10 @@ class Samples:
         _check_finite(reference.key, video, audio)
         sides = {"sampled": (video, audio)}
         if take.number == take.clip:
-            sides["real"] = (reference.video, reference.audio)
+            sides["real"] = (
+                reference.video if take.request.has_video else None,
+                reference.audio if take.request.has_audio else None,
+            )
         entry: dict[str, Any] = {"key": reference.key, "caption": reference.caption, "seed": take.request.seed}
         rows: dict[str, Measured] = {}
         for name, latents in sides.items():
@@ -293,27 +305,49 @@ def _check_finite(key: str, video: Tensor | None, audio: Tensor | None) -> None:
             )
 
 
-def _talking_clips(dataset: LatentDataset) -> list[int]:
-    """Numbers of the samples with moving picture and sound; all samples where there are none."""
-    buckets = dataset.index.buckets
-    talking = {i for i, bucket in enumerate(buckets) if bucket.frames > 1 and bucket.audio_steps > 0}
-    chosen = [i for i in range(len(dataset)) if int(dataset.index.bucket_ids[i]) in talking]
-    return chosen or list(range(len(dataset)))
+def _talking_clips(dataset: LatentDataset, streams: frozenset[Stream]) -> list[int]:
+    """Numbers of the samples with a moving picture and sound, as far as they are among `streams`.
+
+    Where there are none, of all samples that have one of these. Raises `DataError` where there are none of those either.
+    """
+    buckets = [_bucket_of(bucket, streams) for bucket in dataset.index.buckets]
+    usable = {i for i, bucket in enumerate(buckets) if bucket.signature}
+    still = {i for i in usable if buckets[i].frames <= 1} if Stream.video in streams else set()
+    silent = {i for i in usable if not buckets[i].audio_steps} if Stream.audio in streams else set()
+    for wanted in (usable - still - silent, usable):
+        if chosen := [i for i in range(len(dataset)) if int(dataset.index.bucket_ids[i]) in wanted]:
+            return chosen
+    raise DataError(
+        f"{dataset.location} holds no samples with {' or '.join(sorted(streams, reverse=True))}, which the model was "
+        "trained to make. Name another held-out dataset, or set evaluation.samples=null"
+    )
 
 
-def request_like(reference: Sample, negative: TextFeatures, seed: int) -> Request:
-    """A request for the reference's caption at the reference's size. Raises `DataError` for sound without picture."""
-    bucket = reference.bucket
-    if not bucket.frames:
-        raise DataError(f"{reference.key} has no picture; samples are asked for at the size of clips that have one")
+def _bucket_of(bucket: Bucket, streams: frozenset[Stream]) -> Bucket:
+    """The latent sizes of the streams that are made."""
+    grid = (bucket.frames, bucket.height, bucket.width) if Stream.video in streams else (0, 0, 0)
+    return Bucket(*grid, bucket.audio_steps if Stream.audio in streams else 0)
+
+
+def request_like(
+    reference: Sample, negative: TextFeatures, seed: int, streams: frozenset[Stream] = frozenset(Stream)
+) -> Request:
+    """A request for the reference's caption at the reference's size, in those of its streams that are among `streams`.
+
+    Raises `DataError` where it has none of them.
+    """
+    bucket = _bucket_of(reference.bucket, streams)
+    if not bucket.signature:
+        raise DataError(f"{reference.key} has no {' or '.join(sorted(streams, reverse=True))} to sample the like of")
+    common: dict[str, Any] = {"text": reference.text, "negative": negative, "seed": seed}
+    if not bucket.frames:  # sound alone, of as many steps
+        return Request(**common, frames=bucket.audio_steps, fps=float(AUDIO_STEPS_PER_SECOND), has_video=False)
     return Request(
-        text=reference.text,
-        negative=negative,
+        **common,
         frames=pixel_frames(bucket.frames),
         height=bucket.height * SPACE_SCALE,
         width=bucket.width * SPACE_SCALE,
         fps=reference.fps,
-        seed=seed,
         has_audio=bucket.audio_steps > 0,
     )
 
@@ -404,12 +438,15 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def write_film(film: Film, directory: Path, name: str) -> dict[str, Any]:
-    """Write `name`.mp4 and its pictures; file names and drawn peaks, as samples.json keeps them."""
+    """Write `name`.mp4, or .wav, and its pictures; file names and drawn peaks, as samples.json keeps them."""
     entry: dict[str, Any] = {}
     if film.video is not None:
         write_mp4(directory / f"{name}.mp4", film.video, film.fps, film.waveform, film.sample_rate)
         write_png(directory / f"{name}-strip.png", strip(film.video))
         entry = {"media": f"{name}.mp4", "strip": f"{name}-strip.png"}
+    elif film.waveform is not None:
+        write_wav(directory / f"{name}.wav", film.waveform, film.sample_rate)
+        entry = {"media": f"{name}.wav"}
     if film.waveform is not None:
         write_png(directory / f"{name}-mel.png", mel_picture(film.waveform, film.sample_rate))
         entry |= {"mel": f"{name}-mel.png", "peaks": peaks(film.waveform)}

@@ -1,7 +1,8 @@
 """Samples that are done while others are not: one file each, so that an evaluation that is killed can be taken up.
 
 Media and samples lie in a folder of their own until all are there. Only then they take their names in the directory,
-and the file that names them is written last: whoever reads it finds everything.
+and the file that names them is written last: whoever reads it finds everything. What is removed and placed is listed all
+the while, so that whatever is killed here leaves nothing that the next evaluation does not know.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA = ("media", "strip", "mel")  # entries of a clip in samples.json that name files
 PREFIX = "unfinished-"
+SPENT = PREFIX + "spent-"  # folders that only wait to be removed
 PARTIAL = ".partial"
 NO_STRIP = np.empty(0, dtype=np.uint8)
 
@@ -49,9 +52,10 @@ class Unfinished:
         """The samples that are done, none if `anew`; those of other settings are removed. What was cut short is not done."""
         for other in self.directory.glob(f"{PREFIX}*"):
             if anew or other != self.place:
-                shutil.rmtree(other)
+                _remove(other)
         self.place.mkdir(parents=True, exist_ok=True)
-        read = {int(path.stem): _read(path) for path in sorted(self.place.glob("[0-9]*.npz"))}
+        found = [] if anew else sorted(self.place.glob("[0-9]*.npz"))
+        read = {int(path.stem): _read(path) for path in found}
         return {number: done for number, done in read.items() if done is not None}
 
     def keep(self, number: int, done: Done) -> None:
@@ -66,17 +70,30 @@ class Unfinished:
     def close(self, name: str, contents: dict[str, Any]) -> None:
         """Move the media where they belong, write `contents` as `name` behind them, and remove the folder.
 
-        What the last `name` tells of goes with it.
+        What the last `name` tells of, or a `close` that was killed had listed, goes with it, but for what `contents` name.
         """
-        old = _told(self.directory / name)
-        (self.directory / name).unlink(missing_ok=True)
-        for other in old:
-            other.unlink(missing_ok=True)
-        for path in self.place.iterdir():
-            if path.suffix not in (".npz", PARTIAL):
-                path.replace(self.directory / path.name)
-        write_json(self.directory / name, contents)
-        shutil.rmtree(self.place)
+        target, listing = self.directory / name, self.directory / f".{name}{PARTIAL}"
+        new, former = _told(contents), [*_told(_contents(target)), *_plain(_contents(listing).get("files", []))]
+        write_json(listing, {"files": list(dict.fromkeys([*former, *new]))})
+        target.unlink(missing_ok=True)
+        for other in set(former) - set(new):
+            (self.directory / other).unlink(missing_ok=True)
+        for one in new:
+            if (self.place / one).exists():  # else a `close` that was killed has placed it
+                (self.place / one).replace(self.directory / one)
+        write_json(target, contents)
+        listing.unlink()
+        _remove(self.place)
+
+
+def _remove(folder: Path) -> None:
+    """What of it cannot be removed (something has it open on a network file system) stays, under another name."""
+    spent = folder if folder.name.startswith(SPENT) else folder.with_name(f"{SPENT}{uuid4().hex}")
+    try:
+        folder.replace(spent)
+        shutil.rmtree(spent)
+    except OSError as error:
+        logger.warning("%s: not all of it could be removed (%s); the next evaluation tries again", spent, error)
 
 
 def _read(path: Path) -> Done | None:
@@ -90,13 +107,21 @@ def _read(path: Path) -> Done | None:
         return None
 
 
-def _told(path: Path) -> list[Path]:
-    """The files beside a samples.json that it names; none, with a warning, if it cannot be read."""
+def _contents(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none or, with a warning, if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except ValueError as error:
         logger.warning("%s cannot be read (%s); media that it names stay", path, error)
-        return []
-    sides = [entry.get(side, {}) for entry in found.get("clips", []) for side in ("sampled", "real")]
-    names = [side.get(kind) for side in sides for kind in MEDIA] + [found.get("sheet")]
-    return [path.parent / name for name in names if name and Path(name).name == name]
+        return {}
+
+
+def _told(contents: Mapping[str, Any]) -> list[str]:
+    """The files beside a samples.json of these contents that it names."""
+    sides = [entry.get(side, {}) for entry in contents.get("clips", []) for side in ("sampled", "real")]
+    return _plain([side.get(kind) for side in sides for kind in MEDIA] + [contents.get("sheet")])
+
+
+def _plain(names: Sequence[str | None]) -> list[str]:
+    """The names of files that lie in the directory itself."""
+    return [name for name in names if name and Path(name).name == name]

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ltx2_train.cli import runs, sample
+from ltx2_train.cli import evaluate, runs, sample
 from ltx2_train.cli.components import Components, ComponentsConfig
 from ltx2_train.diffusion.profiles import profile
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.evals import clips
+from ltx2_train.evals.report import write_report
 from ltx2_train.media.probe import probe
 from ltx2_train.media.write import write_png
 from ltx2_train.model.modality import Stream
@@ -178,9 +179,46 @@ def test_every_kind_of_file_goes_in_and_out(run, tmp_path, capsys):
     assert receipt["model"] == "step 1, ema weights"
 
 
+def test_one_frame_is_a_picture_of_its_own(run, tmp_path):
+    command = [str(run), "--prompt", "a", "--frames", "1", "--steps", "1", "--format", "png", "--out", str(tmp_path)]
+    assert sample.main(command) == 0
+    assert [path.name for path in (tmp_path / "a-0").iterdir()] == ["00000.png"]
+
+
+@pytest.mark.parametrize(("built", "trained"), [("[video,audio]", "video"), ("[audio]", "audio")])
+def test_a_run_that_trains_one_stream_samples_that_alone(tmp_path, capsys, built, trained):
+    """In training, by ltx2-evaluate and by ltx2-sample, whatever its model and its data have beside it."""
+    data, run = small_dataset(tmp_path / "latents", 8, text_encoder="hashed-1"), tmp_path / "run"
+    places = (f"data.datasets.0.path={data}", f"evaluation.datasets=[{data}]", f"train.run_dir={run}")
+    streams = (f"model.streams={built}", f"objective.streams=[{trained}]", "evaluation.heldout=null")
+    samples = ("evaluation.samples.clips=1", "evaluation.samples.metrics=[motion,silence]")
+    evaluation = (*streams, *samples, "train.max_steps=1", "train.save_every=1", "train.strict_evaluation=true")
+    assert ltx2_train(*SMALL, *places, *evaluation) == 0
+    assert write_report(run).stat().st_size > 0
+    assert evaluate.main([str(run), "--samples", "1", "--metrics", "motion,silence", "--out", str(tmp_path / "e")]) == 0
+    for place in (run / "evals" / "samples-00000001", tmp_path / "e"):
+        found = json.loads((place / "samples.json").read_text())
+        info = probe(place / found["clips"][0]["sampled"]["media"])
+        assert (info.has_video, info.has_audio) == (trained == "video", trained == "audio")
+        assert found["metrics"]["silence"]["sampled"]["count"] == (trained == "audio"), "else not measured"
+    assert sample.main([str(run), "--prompt", "a", "--steps", "1", "--out", str(tmp_path)]) == 0
+    info = probe(tmp_path / {"video": "a-0.mp4", "audio": "a-0.wav"}[trained])
+    assert (info.has_video, info.has_audio) == (trained == "video", trained == "audio")
+    other = {"video": "wav", "audio": "png"}[trained]
+    capsys.readouterr()
+    assert sample.main([str(run), "--prompt", "b", "--format", other, "--out", str(tmp_path)]) == sample.EXIT_NONE
+    assert f"format={other}: this model was trained to make {trained} alone" in capsys.readouterr().err
+    if built == f"[{trained}]":  # nothing in it that could guide
+        assert sample.main([str(run), "--prompt", "b", "--profile", "hq", "--out", str(tmp_path)]) == sample.EXIT_NONE
+        assert f"hq: guides {trained} by the other stream" in capsys.readouterr().err
+        assert ltx2_train(*SMALL, *places, *evaluation, "evaluation.profile=hq") != 0
+        assert f"hq: guides {trained} by the other stream" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt", "a", "--fps", "inf"], "fps=inf: must be > 0"),
         (["--prompt", "a", "--audio", "none.wav"], "none.wav: no such file"),
         (["--prompt", "a", "--image", "x", "--video", "y"], "video and image: they exclude each other"),
         (["--prompt", "a", "--format", "gif"], "format='gif': not known; choose one of mp4, wav, png"),
@@ -314,7 +352,7 @@ class Source:
     """Stands for a run, and for what lies around its model."""
 
     title, profile, keyframe_marker, dtype, generation = "it", profile("demo"), False, torch.float32, "unknown"
-    identity, streams = {}, frozenset(Stream)
+    identity, streams, built = {}, frozenset(Stream), frozenset(Stream)
 
     def __init__(self) -> None:
         self.components = self

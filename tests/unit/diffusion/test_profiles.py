@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ltx2_train.diffusion.guidance import GuidanceConfig
-from ltx2_train.diffusion.profiles import PROFILES, SamplerProfile, check_generation, profile
+from ltx2_train.diffusion.profiles import PROFILES, SamplerProfile, check_generation, check_streams, profile
 from ltx2_train.diffusion.sampler import Sampler, SamplerSettings
 from ltx2_train.diffusion.sigmas import (
     DISTILLED,
@@ -16,6 +16,7 @@ from ltx2_train.diffusion.sigmas import (
     shifted_schedule,
 )
 from ltx2_train.errors import ConfigError
+from ltx2_train.model.modality import Stream
 
 NAMES = [
     "ltx2_2.0",
@@ -165,3 +166,13 @@ def test_a_profile_of_another_generation_is_refused_with_those_that_fit():
         for name in (f"ltx2_{generation}", f"distilled_{generation}", "hq", "diffusers", "demo"):
             check_generation(profile(name), generation)
     check_generation(profile("ltx2_2.0"), "unknown")  # a mixture: whoever names a profile knows better
+
+
+def test_a_model_of_one_stream_is_not_guided_by_another():
+    for stream in Stream:
+        with pytest.raises(
+            ConfigError, match=rf"hq: guides {stream} by the other stream \(modality 3\).*choose one of.*demo"
+        ):
+            check_streams(profile("hq"), {stream})
+        check_streams(profile("demo"), {stream})
+    check_streams(profile("hq"), set(Stream))

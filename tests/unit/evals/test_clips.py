@@ -1,6 +1,9 @@
 """Clips: what is given stays what it was, what fails leaves the others alone, and nothing half made is believed."""
 
 import dataclasses
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.codecs.residence import at_work
 from ltx2_train.diffusion.profiles import SamplerProfile
+from ltx2_train.distributed.lock import LOCK
 from ltx2_train.evals import clips as clips_module
 from ltx2_train.evals.clips import ClipMaker
 from ltx2_train.evals.planning import Batch, Ground, State, plan
@@ -258,6 +262,51 @@ def test_a_clip_that_cannot_be_made_anew_leaves_the_former(tmp_path, codecs, mon
     assert progress.outcome.state == State.failed
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
     assert read_receipt(tmp_path, clip.name, clip.digest) is not None
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 7 on host-a")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_clip_that_another_command_writes_is_left_to_it_and_the_others_are_made(tmp_path, codecs):
+    (theirs, _), _ = made(tmp_path, codecs, {"format": ["wav"]}, {"format": ["wav"]})
+    batch = planned(tmp_path, {"format": ["wav"], "frames": 9}, {"format": ["wav"], "frames": 9})
+    place = tmp_path / f".{theirs.name}{PARTIAL}"
+    (place / "media").mkdir(parents=True)
+    (place / "media" / "of-the-other.wav").write_bytes(b"being written")
+    before = (tmp_path / f"{theirs.name}.wav").read_bytes()
+    command = [sys.executable, "-c", HOLD, str(place / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            done = list(ClipMaker(to_zero, codecs, EmptyTexts(), tmp_path, device=CPU).make(batch))
+        finally:
+            other.kill()
+    assert [p.outcome.state for p in done] == [State.failed, State.made]
+    assert done[0].outcome.detail.startswith("another command writes it (process 7 on host-a)")
+    assert (place / "media" / "of-the-other.wav").read_bytes() == b"being written"
+    assert (tmp_path / f"{theirs.name}.wav").read_bytes() == before
+    (again,) = ClipMaker(to_zero, codecs, EmptyTexts(), tmp_path, device=CPU).make(Batch(batch.clips[:1]))
+    assert again.outcome.state == State.made, "what that command left when it was killed is no obstacle"
+    assert not place.exists()
+
+
+def test_what_failed_is_told_though_its_folder_is_gone(tmp_path, codecs, monkeypatch):
+    def fails(folder, clip, *media):
+        shutil.rmtree(folder.parent)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(clips_module, "write_clip", fails)
+    _, (progress,) = made(tmp_path, codecs, {})
+    assert progress.outcome.detail == "OSError: no space left"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_came_there_while_a_clip_was_sampled_is_left(tmp_path, codecs):

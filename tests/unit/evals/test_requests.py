@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ltx2_train.diffusion.guidance import GuidanceConfig
 from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.errors import ConfigError
 from ltx2_train.evals.planning import Ground, State, plan, share
@@ -184,7 +183,11 @@ def test_the_size_is_not_asked_for_where_it_is_given(tmp_path):
     [
         ({"frames": 16}, "nearest: 17"),
         ({"width": 60}, "width of 60 px; .*nearest: 64"),
-        ({"frames": 1, "fps": 60}, "too short for sound. Ask for more than 1 frames, or for silent"),
+        ({"frames": 9, "fps": 200}, "latent steps: 1, must be >= 2.*Ask for 17 frames or more, or for silent"),
+        ({"frames": 9, "fps": 1000}, "latent steps: 0, must be >= 2.*Ask for 65 frames or more, or for silent"),
+        ({"frames": 1, "format": ["wav"]}, "latent steps: 1, must be >= 2.*Ask for 9 frames or more$"),
+        ({"frames": 1, "audio": "second.wav"}, "too short for sound.*Ask for 9 frames or more$"),
+        ({"frames": 1, "video": "film.mp4"}, "too short for sound.*Ask for 9 frames or more$"),
         ({"image": "none.png"}, "none.png: no such file"),
         ({"image": "broken.png"}, "broken.png: damaged image"),
         ({"image": "second.wav"}, "second.wav: no picture in it"),
@@ -219,18 +222,26 @@ def test_a_model_with_one_stream_is_asked_for_that_alone(tmp_path, media):
     video = replace(GROUND, streams=frozenset({Stream.video}))
     clip = planned(tmp_path, video)
     assert (clip.has_video, clip.has_audio, clip.bucket.audio_steps) == (True, False, 0)
-    assert "this model makes video alone" in planned(tmp_path, video, audio=str(media / "second.wav"))
-    assert "this model makes video alone" in planned(tmp_path, video, video=str(media / "film.mp4"))
-    assert "format=wav: this model makes video alone" in planned(tmp_path, video, format=["wav"])
+    assert "this model was trained to make video alone" in planned(tmp_path, video, audio=str(media / "second.wav"))
+    assert "this model was trained to make video alone" in planned(tmp_path, video, video=str(media / "film.mp4"))
+    assert "format=wav: this model was trained to make video alone" in planned(tmp_path, video, format=["wav"])
     assert planned(tmp_path, video, image=str(media / "ball.png")).has_video
-    guided = replace(PROFILE, video=GuidanceConfig(modality=3.0))
-    reason = planned(tmp_path, replace(video, profile=lambda request: guided))
-    assert "profile few guides video by the other stream (modality 3), and this model makes video alone" in reason
     sound = replace(GROUND, streams=frozenset({Stream.audio}), size=lambda: {"frames": 25, "fps": 25.0})
     clip = planned(tmp_path, sound)
     assert (clip.has_video, clip.bucket.signature, clip.request.format) == (False, "a", ["wav"])
     assert "image" in planned(tmp_path, sound, image=str(media / "ball.png"))
     assert "nothing would be left" in planned(tmp_path, sound, silent=True)
+    few = planned(tmp_path, sound, frames=1, fps=50.0)
+    assert few.endswith("Ask for 3 frames or more"), "without pictures any number of frames will do"
+
+
+def test_one_frame_is_a_silent_picture_unless_sound_is_asked_for(tmp_path, media):
+    clip = planned(tmp_path, frames=1)
+    assert (clip.has_video, clip.has_audio, clip.request.silent, clip.request.format) == (True, False, True, ["mp4"])
+    assert clip.digest == planned(tmp_path, frames=1, silent=True).digest
+    for asked in ({"format": ["png", "wav"]}, {"audio": str(media / "second.wav")}, {"video": str(media / "film.mp4")}):
+        assert planned(tmp_path, frames=1, fps=10.0, **asked).bucket.audio_steps == 2, "a long frame has room for sound"
+    assert planned(tmp_path, frames=9).has_audio
 
 
 def test_one_that_fails_leaves_the_others(tmp_path):

@@ -31,7 +31,7 @@ from ltx2_train.evals.samples import (
     sync_figures,
 )
 from ltx2_train.media.probe import probe
-from ltx2_train.model.modality import Velocity
+from ltx2_train.model.modality import Stream, Velocity
 from ltx2_train.record import Bucket, Sample, TextFeatures
 from ltx2_train.testing.shards import random_sample, write_latent_dataset
 from ltx2_train.testing.threads import on_ranks
@@ -72,9 +72,9 @@ def encoded(seed: int, codecs: Codecs) -> Sample:
     )
 
 
-def samples(world, dataset, codecs, **settings):
+def samples(world, dataset, codecs, streams=frozenset(Stream), **settings):
     profile = SamplerProfile(name="two steps", steps=2, schedule=Schedule.shifted)
-    sampling = Sampling(profile=profile, negative=dataset.null_text)
+    sampling = Sampling(profile=profile, negative=dataset.null_text, streams=streams)
     config = SamplesConfig(**{"clips": NUM_CLIPS, "shown": 1, "batch_size": 2} | settings)
     return Samples(dataset, sampling, codecs, config, world)
 
@@ -87,6 +87,61 @@ def sampled(world, dataset, codecs, directory, **settings):
 def run(dataset, codecs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("samples")
     return directory, on_ranks(1, lambda world: sampled(world, dataset, codecs, directory))[0]
+
+
+ONE_STREAM = {
+    Stream.video: ("the sound", {"media", "strip"}, {"motion"}),
+    Stream.audio: ("the picture", {"media", "mel", "peaks"}, {"loudness", "silence"}),
+}
+
+
+@pytest.mark.parametrize("stream", list(Stream))
+def test_a_model_that_trained_one_stream_is_asked_for_that_alone(dataset, codecs, tmp_path, stream):
+    other, files, measured = ONE_STREAM[stream]
+
+    def model(video, audio, perturbations=None):
+        streams = {Stream.video: video, Stream.audio: audio}
+        assert [name for name, one in streams.items() if one is not None] == [stream], f"{other} was never trained"
+        return Velocity(*(None if one is None else one.latent for one in (video, audio)))
+
+    def made(world):
+        named = {"clips": 2, "metrics": ["motion", "loudness", "silence", "onset_f1"]}
+        one = samples(world, dataset, codecs, streams=frozenset({stream}), **named)
+        return one.run(model, tmp_path, step=3, weights="raw")
+
+    for summary in on_ranks(2, made):
+        assert summary["sync"] is None
+        for side in ("sampled", "real"):
+            shown = summary["clips"][0][side]
+            assert files == shown.keys() & {"media", "strip", "mel", "peaks"}, side
+            info = probe(tmp_path / shown["media"])
+            assert (info.has_video, info.has_audio) == (stream is Stream.video, stream is Stream.audio)
+            for name, found in summary["metrics"].items():
+                assert (found[side]["value"] is not None) == (name in measured), name
+                assert found[side]["note"].startswith("not measured: ") == (name not in measured), name
+
+
+def test_clips_are_chosen_by_the_streams_that_were_trained(codecs, tmp_path):
+    """A picture, a silent film and sound alone, beside a film with sound."""
+    sizes = [Bucket(1, 1, 1, 0), Bucket(2, 1, 1, 0), Bucket(0, 0, 0, 5), Bucket(2, 1, 1, 5)]
+    write_latent_dataset(tmp_path / "all", [random_sample(f"{i}", size) for i, size in enumerate(sizes)])
+    write_latent_dataset(tmp_path / "silent", [random_sample("0", sizes[1])])
+
+    def chosen(world, name, *streams):
+        dataset = open_dataset(tmp_path / name)
+        sampling = Sampling(profile=SamplerProfile(name="t"), negative=dataset.null_text, streams=frozenset(streams))
+        made = Samples(dataset, sampling, codecs, SamplesConfig(clips=9, metrics=[]), world)
+        return [dataset.index.key(i) for i in made.indices]
+
+    def check(world):
+        assert chosen(world, "all", *Stream) == ["3"]
+        assert chosen(world, "all", Stream.video) == ["1", "3"]
+        assert chosen(world, "all", Stream.audio) == ["2", "3"]
+        with pytest.raises(DataError, match="silent holds no samples with audio, .*evaluation.samples=null"):
+            chosen(world, "silent", Stream.audio)
+        return True
+
+    assert on_ranks(1, check) == [True]
 
 
 class Travelling:
@@ -365,10 +420,21 @@ def test_a_silent_clip_is_asked_for_without_sound():
     assert request.frames == 9
 
 
-def test_sound_without_picture_is_refused_by_key():
+def test_sound_without_picture_is_asked_for_at_its_length():
     sample = random_sample("only-sound", Bucket(0, 0, 0, 4))
-    with pytest.raises(DataError, match="only-sound"):
-        request_like(sample, sample.text, 0)
+    assert request_like(sample, sample.text, 0).bucket == sample.bucket
+
+
+@pytest.mark.parametrize(("stream", "bucket"), [(Stream.video, Bucket(2, 1, 1, 0)), (Stream.audio, Bucket(0, 0, 0, 9))])
+def test_a_clip_is_asked_for_in_the_streams_that_were_trained(stream, bucket):
+    sample = random_sample("both", Bucket(2, 1, 1, 9))
+    assert request_like(sample, sample.text, 0, frozenset({stream})).bucket == bucket
+
+
+def test_a_clip_without_a_trained_stream_is_refused_by_key():
+    sample = random_sample("only-sound", Bucket(0, 0, 0, 4))
+    with pytest.raises(DataError, match="only-sound has no video"):
+        request_like(sample, sample.text, 0, frozenset({Stream.video}))
 
 
 def test_a_film_without_sound_has_no_onsets(codecs):

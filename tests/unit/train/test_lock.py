@@ -70,6 +70,22 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+def test_a_directory_that_was_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """By the one who held it, between two steps of the one who comes."""
+    mkdir, calls = Path.mkdir, []
+
+    def removed_behind(self, *args, **more):
+        mkdir(self, *args, **more)
+        calls.append(self)
+        if len(calls) == 1:
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_behind)
+    with lock_run(tmp_path / "run", WORLD):
+        assert (tmp_path / "run" / LOCK).read_text()
+    assert len(calls) == 2
+
+
 def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
     take, calls = lock._lock, []
 
