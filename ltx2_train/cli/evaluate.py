@@ -1,9 +1,12 @@
 """`ltx2-evaluate`: what a run has learned, in figures: held-out loss, and clips whose sound should meet their picture."""
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from ltx2_train.cli.runs import Trained
     from ltx2_train.data.datasets import LatentDataset
     from ltx2_train.distributed.world import World
-    from ltx2_train.evals.heldout import Heldout, HeldoutLosses
+    from ltx2_train.evals.heldout import Heldout, HeldoutConfig, HeldoutLosses
     from ltx2_train.evals.samples import SamplesConfig
 
 DESCRIPTION = """\
@@ -24,8 +27,10 @@ profile: mp4 files beside the real clips, and figures of the sampled clips besid
 codec (the ceiling): distance to the real latents, diversity, motion, loudness, silence, clipping, and how well sound and
 picture agree in time, onset F1 beside chance (the same clips with exchanged sound).
 
-Everything goes into RUN/evals, where ltx2-report finds it. Under torchrun the clips are shared by all processes;
-the held-out losses are the same on any number of them. Sampling that was killed is taken up by the same command.
+Everything goes into RUN/evals, where ltx2-report finds it; that of further held-out datasets into RUN/evals/dataset_1
+and so on. A file of other clips or of another setting is not replaced: name a folder with --out. Under torchrun the clips
+are shared by all processes; the held-out losses are the same on any number of them. Sampling that was killed is taken up
+by the same command.
 
 With --follow it is a job beside the training: every complete checkpoint is evaluated once, in the order of steps, until
 that of the run's last step. It holds a checkpoint while it reads it, so that the run may remove it. A failure is told
@@ -38,7 +43,7 @@ examples:
   ltx2-evaluate RUN --samples 64 --seeds 4                  every caption four times: is one seed like another?
   ltx2-evaluate RUN --samples 64 --metrics onset_f1,loudness --tolerance-ms 50
   ltx2-evaluate RUN --follow --samples 64                   every checkpoint, while the run goes on elsewhere
-  ltx2-evaluate RUN --data OTHER/heldout --profile demo     on another dataset, with another sampler profile"""
+  ltx2-evaluate RUN --data OTHER/heldout --out other        on another dataset, beside what the run has measured"""
 
 
 EXIT_INTERRUPTED = 130
@@ -49,19 +54,21 @@ def parser() -> argparse.ArgumentParser:
         "ltx2-evaluate", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("run", type=Path, metavar="RUN", help="run directory, or one checkpoint of it")
-    p.add_argument("--data", metavar="DIR", help="held-out latent dataset (evaluation.datasets of the run)")
+    p.add_argument("--data", metavar="DIR", help="one held-out latent dataset (all of evaluation.datasets)")
     p.add_argument("--clips", type=int, metavar="N", help="clips of the held-out loss (as in the run)")
     p.add_argument("--samples", type=int, default=0, metavar="N", help="held-out captions to sample (0: none)")
-    p.add_argument("--shown", type=int, default=4, metavar="N", help="how many of them are kept as mp4 (4)")
-    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips sampled together (16)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the first sampled clip; the next count up (0)")
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="samples of every caption (1)")
-    p.add_argument("--metrics", type=_names, metavar="NAME,...", help="figures to make of them, or none (all)")
-    p.add_argument("--tolerance-ms", type=float, metavar="MS", help="within which sound meets picture (80)")
+    p.add_argument("--shown", type=int, metavar="N", help="how many of them are kept as mp4 (as in the run, or 4)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="clips sampled together (as in the run, or 16)")
+    p.add_argument("--seed", type=int, metavar="N", help="of the first sample, the next count up (as in the run, or 0)")
+    p.add_argument("--seeds", type=int, metavar="N", help="samples of every caption (as in the run, or 1)")
+    p.add_argument(
+        "--metrics", type=_names, metavar="NAME,...", help="figures to make, or none (as in the run, or all)"
+    )
+    p.add_argument("--tolerance-ms", type=float, metavar="MS", help="of sound and picture (as in the run, or 80)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which are sampled (ema)")
     p.add_argument("--profile", metavar="NAME", help="sampler profile (the one stored with the run)")
     p.add_argument("--base", type=Path, metavar="PATH", help="the released weights the run started from (as it says)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where samples go (RUN/evals/samples-STEP)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (RUN/evals, samples in samples-STEP)")
     p.add_argument("--follow", action="store_true", help="evaluate every checkpoint until the run has ended")
     p.add_argument("--newest-first", action="store_true", help="with --follow: where it lags, the newest one next")
     p.add_argument("--poll-seconds", type=float, default=10, metavar="S", help="--follow looks as often (10)")
@@ -97,75 +104,181 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace, world: "World") -> Iterable[str]:
     """The lines to print. All ranks walk through them together."""
-    from ltx2_train.cli.runs import WEIGHTS, find_checkpoint, load_trained, run_directory
+    from dataclasses import replace
+
+    from ltx2_train.cli.runs import find_checkpoint, load_trained, run_directory
     from ltx2_train.distributed.world import agreed, from_main
-    from ltx2_train.evals.heldout import write_heldout
-    from ltx2_train.evals.samples import samples_directory
+    from ltx2_train.evals.heldout import HeldoutLosses, write_heldout
 
-    samples = agreed(world, lambda: _samples_config(options))
-    checkpoint, run_dir = from_main(world, lambda: (find_checkpoint(options.run), run_directory(options.run)))
-    measured = {}
-    for weights in sorted(WEIGHTS, key=lambda name: name == options.weights):  # those to be sampled come last
-        common = {"profile_name": options.profile, "base": options.base, "device": world.device}
-        trained = agreed(world, partial(load_trained, checkpoint, weights=weights, **common))
-        dataset = agreed(world, partial(_dataset, options, trained))
-        if trained.weights == weights:  # a run without a moving average has one kind only
-            heldout = agreed(world, partial(_heldout, options, trained, dataset, world))
-            measured[weights] = heldout.measure(agreed(world, partial(getattr, trained, "model")))
-            yield from _heldout_lines(trained, measured[weights])
-    write_heldout(heldout, run_dir, trained.step, measured)
-    if samples is not None:
-        directory = options.out or samples_directory(run_dir, trained.step)
-        yield from _sample(samples, trained, dataset, world, directory)
-
-
-def _samples_config(options: argparse.Namespace) -> "SamplesConfig | None":
-    """How clips are sampled, if they are. Raises `ConfigError`, before anything is measured."""
-    from ltx2_train.evals.samples import SamplesConfig
-
-    names = ("shown", "batch_size", "seed", "seeds", "tolerance_ms", "metrics")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return SamplesConfig(clips=options.samples, **given) if options.samples else None
+    agreed(world, lambda: _check(options))
+    checkpoint = from_main(world, lambda: find_checkpoint(options.run))
+    place = from_main(world, lambda: options.out or run_directory(options.run))
+    common = {"profile_name": options.profile, "base": options.base, "device": world.device}
+    trained = agreed(world, partial(load_trained, checkpoint, weights=options.weights, **common))
+    tasks = agreed(world, partial(_tasks, options, place, trained, world))
+    agreed(world, lambda: _check_places(tasks, trained) if world.is_main else None)
+    measured: list[dict[str, HeldoutLosses]] = [{} for _ in tasks]
+    for weights in _kinds(trained):
+        trained = replace(trained, weights=weights)  # with it goes the model that the last one was filled into
+        for task, losses in zip(tasks, measured, strict=True):
+            losses[weights] = task.heldout.measure(agreed(world, partial(getattr, trained, "model")))
+            yield from _heldout_lines(trained, losses[weights], task.title)
+    for task, losses in zip(tasks, measured, strict=True):
+        write_heldout(task.heldout, task.heldout_path, trained.step, losses)
+    for task in tasks:
+        if task.samples is not None:
+            yield from _sample(task.samples, trained, task, world)
 
 
-def _dataset(options: argparse.Namespace, trained: "Trained") -> "LatentDataset":
-    """The held-out dataset, made with the codecs and text encoder that the model knows."""
-    from ltx2_train.data.datasets import check_compatible, open_dataset
+def _kinds(trained: "Trained") -> list[str]:
+    """The kinds of weights there are, those to be sampled last."""
+    from ltx2_train.cli.runs import WEIGHTS
+
+    kinds = WEIGHTS if trained.job.ema is not None else (trained.weights,)
+    return sorted(kinds, key=lambda name: name == trained.weights)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A held-out dataset: what is measured on it, and where that goes."""
+
+    title: str  # what it is called beside others
+    dataset: "LatentDataset"
+    heldout: "Heldout"
+    heldout_path: Path
+    samples: "SamplesConfig | None"
+    samples_directory: Path
+
+
+def _check_places(tasks: Sequence[_Task], trained: "Trained") -> None:
+    """Raises `ConfigError` where a file that would be replaced is of something else."""
+    from ltx2_train.evals.identity import check_same, heldout_of, read_contents, samples_of
+    from ltx2_train.evals.samples import samples_identity
+
+    for task in tasks:
+        if task.heldout_path.exists():
+            check_same(task.heldout_path, heldout_of(read_contents(task.heldout_path)), task.heldout.identity)
+        path = task.samples_directory / "samples.json"
+        if task.samples is not None and path.exists():
+            here = samples_identity(task.dataset, trained.profile, trained.streams, task.samples, trained.weights)
+            check_same(path, samples_of(read_contents(path)), here)
+
+
+def _tasks(options: argparse.Namespace, place: Path, trained: "Trained", world: "World") -> "list[_Task]":
+    """One per held-out dataset of the run; --data is the only one where given. `place`: --out, or the run directory."""
     from ltx2_train.errors import ConfigError
 
     locations = [options.data] if options.data else trained.job.evaluation.datasets
     if not locations:
         raise ConfigError("the run names no held-out dataset (evaluation.datasets is empty); give --data DIR")
-    dataset = open_dataset(locations[0])
+    samples = _samples_config(options, trained.job.evaluation.samples)
+    tasks = []
+    for i, location in enumerate(locations):
+        dataset = _dataset(location, trained)
+        heldout_path, samples_place = _places(options, place, i, trained.step)
+        tasks.append(
+            _Task(
+                title=f"evaluation.datasets[{i}], " if i else "",
+                dataset=dataset,
+                heldout=_heldout(options, trained, dataset, world),
+                heldout_path=heldout_path,
+                samples=samples,
+                samples_directory=samples_place,
+            )
+        )
+    return tasks
+
+
+def _places(options: argparse.Namespace, place: Path, number: int, step: int) -> tuple[Path, Path]:
+    """The file of the held-out losses and the folder of the samples: where the run itself has them, or in --out."""
+    from ltx2_train.evals.files import dataset_directory
+    from ltx2_train.evals.heldout import heldout_name, heldout_path
+    from ltx2_train.evals.samples import samples_directory
+
+    if options.out is not None:
+        place = place / f"dataset_{number}" if number else place
+        return place / heldout_name(step), place
+    place = dataset_directory(place, number)
+    return heldout_path(place, step), samples_directory(place, step)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises `ConfigError` for an option out of its bound, before anything is opened."""
+    _samples_config(options, None)
+    _heldout_config(options, None)
+
+
+def _samples_config(options: argparse.Namespace, of_run: "SamplesConfig | None") -> "SamplesConfig | None":
+    """How clips are sampled, if they are: what is not given is as in the run. Raises `ConfigError`."""
+    from dataclasses import replace
+
+    from ltx2_train.evals.samples import SamplesConfig
+
+    if not options.samples:
+        return None
+    names = ("shown", "batch_size", "seed", "seeds", "tolerance_ms", "metrics")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    with _named_by_options():
+        return replace(of_run or SamplesConfig(), clips=options.samples, **given)
+
+
+def _heldout_config(options: argparse.Namespace, of_run: "HeldoutConfig | None") -> "HeldoutConfig":
+    from dataclasses import replace
+
+    from ltx2_train.evals.heldout import HeldoutConfig
+
+    config = of_run or HeldoutConfig()
+    with _named_by_options():
+        return config if options.clips is None else replace(config, clips=options.clips)
+
+
+@contextmanager
+def _named_by_options() -> Iterator[None]:
+    """Has errors name options where the settings behind them are named."""
+    from ltx2_train.errors import ConfigError
+
+    def option(found: re.Match[str]) -> str:
+        name = {"samples.clips": "samples", "heldout.clips": "clips"}.get(found[1], found[1].rpartition(".")[2])
+        return f"--{name.replace('_', '-')} "
+
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"^metrics=", "evaluation.samples.metrics=", str(error))
+        raise ConfigError(re.sub(r"evaluation\.(\w+\.\w+)=", option, text)) from error
+
+
+def _dataset(location: str, trained: "Trained") -> "LatentDataset":
+    """A held-out dataset, made with the codecs and text encoder that the model knows."""
+    from ltx2_train.data.datasets import check_compatible, open_dataset
+
+    dataset = open_dataset(location)
     check_compatible(dataset.location, dataset.manifest, **trained.provenance)
     return dataset
 
 
 def _heldout(options: argparse.Namespace, trained: "Trained", dataset: "LatentDataset", world: "World") -> "Heldout":
-    from dataclasses import replace
-
     from ltx2_train.diffusion.objective import Objective, ObjectiveConfig
-    from ltx2_train.evals.heldout import Heldout, HeldoutConfig
+    from ltx2_train.evals.heldout import Heldout
 
-    config = trained.job.evaluation.heldout or HeldoutConfig()
-    config = replace(config, clips=options.clips) if options.clips is not None else config
+    config = _heldout_config(options, trained.job.evaluation.heldout)
     objective = Objective(ObjectiveConfig(streams=trained.job.objective.streams), None, trained.keyframe_marker)
     return Heldout(dataset, objective, config, world)
 
 
-def _heldout_lines(trained: "Trained", losses: "HeldoutLosses") -> Iterable[str]:
+def _heldout_lines(trained: "Trained", losses: "HeldoutLosses", title: str) -> Iterable[str]:
     """The mean losses of one kind of weights with their intervals, and what is to be said about them."""
     estimates = {modality: losses.mean(modality) for modality in ("video", "audio")}
     shown = (f"{modality} {_figure(found.to_dict(), 4)}" for modality, found in estimates.items() if found.count)
-    yield f"step {trained.step}  held-out loss, {trained.weights:<3} weights: {'  '.join(shown)}"
+    yield f"step {trained.step}  {title}held-out loss, {trained.weights:<3} weights: {'  '.join(shown)}"
     yield from (f"  {modality}: {found.note}" for modality, found in estimates.items() if found.note)
 
 
-def _sample(
-    config: "SamplesConfig", trained: "Trained", dataset: "LatentDataset", world: "World", directory: Path
-) -> Iterable[str]:
+def _sample(config: "SamplesConfig", trained: "Trained", task: _Task, world: "World") -> Iterable[str]:
     from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.samples import Samples, Sampling
+
+    dataset, directory = task.dataset, task.samples_directory
 
     def built() -> tuple[Samples, dict[str, Any]]:
         sampling = Sampling(
@@ -182,8 +295,8 @@ def _sample(
     summary = samples.run(trained.model, directory, step=trained.step, weights=trained.weights, origin=origin)
     seconds, made = time.perf_counter() - begin, summary["count"] - samples.taken_up
     if samples.taken_up:
-        yield f"step {trained.step}  {samples.taken_up} clips taken up from an evaluation that was broken off"
-    yield f"step {trained.step}  {made} clips sampled, decoded and measured in {seconds:.1f} s: {directory}"
+        yield f"step {trained.step}  {task.title}{samples.taken_up} clips taken up from an evaluation that was broken off"
+    yield f"step {trained.step}  {task.title}{made} clips sampled, decoded and measured in {seconds:.1f} s: {directory}"
     for name, figures in (summary["sync"] or {}).items():
         yield _sync_line(name, figures)
     yield from metrics_table(summary["metrics"])

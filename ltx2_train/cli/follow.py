@@ -71,9 +71,12 @@ def follow(options: argparse.Namespace, world: "World", evaluate: Evaluate) -> I
 def check(options: argparse.Namespace) -> None:
     """Raises `ConfigError` for options that do not go with --follow."""
     from ltx2_train.errors import ConfigError
+    from ltx2_train.train.checkpoint import MANIFEST
 
+    if (options.run / MANIFEST).exists():
+        raise ConfigError(f"{options.run} with --follow: that is one checkpoint. Name the run directory to follow it")
     if options.out is not None:
-        raise ConfigError("--out with --follow: the samples of every step would go into one folder. Leave it out")
+        raise ConfigError("--out with --follow: all steps would go into one folder. Leave it out")
     if not options.poll_seconds > 0:
         raise ConfigError(f"--poll-seconds {options.poll_seconds}: must be above 0")
 
@@ -143,9 +146,17 @@ class Follower:
 
         if identity in self.tried or self._runs_own(job, step):
             return True
-        files = [heldout_path(self.run, step)]
-        files += [samples_directory(self.run, step) / "samples.json"] if self.options.samples else []
+        places = self._places(job)
+        files = [heldout_path(place, step) for place in places]
+        files += [samples_directory(place, step) / "samples.json" for place in places if self.options.samples]
         return all(path.exists() and path.stat().st_mtime_ns >= identity[1] for path in files)
+
+    def _places(self, job: "TrainJob") -> list[Path]:
+        """Of the held-out datasets that are evaluated, in their order: where in the run their evaluations lie."""
+        from ltx2_train.evals.files import dataset_directory
+
+        count = 1 if self.options.data else max(1, len(job.evaluation.datasets))
+        return [dataset_directory(self.run, number) for number in range(count)]
 
     def _runs_own(self, job: "TrainJob", step: int) -> bool:
         """Whether the run samples this step itself, into the same folder."""
@@ -205,18 +216,24 @@ class Follower:
 
     def _log_figures(self, step: int) -> None:
         """The events of an evaluation, as the run itself would have logged them."""
-        from ltx2_train.evals import heldout, samples
+        from ltx2_train.cli.schema import load_job
+        from ltx2_train.evals import files, heldout, samples
 
         if not self.world.is_main:
             return
-        found = json.loads(heldout.heldout_path(self.run, step).read_text())
-        kinds = {name: heldout.event_figures(found[name]) for name in ("raw", "ema") if name in found}
-        weights = "ema" if "ema" in kinds else "raw"
-        self._log({"event": "heldout", "step": step, "weights": weights, **kinds.pop(weights), **kinds})
-        if self.options.samples:
-            place = samples.samples_directory(self.run, step)
-            summary = json.loads((place / "samples.json").read_text())
-            self._log({"event": "samples", "step": step, **samples.event_figures(summary, place)})
+        for number, run in enumerate(self._places(load_job(self.run))):
+            if not heldout.heldout_path(run, step).exists():
+                continue  # the checkpoint is of a time at which the run had fewer datasets
+            found = json.loads(heldout.heldout_path(run, step).read_text(encoding="utf-8"))
+            kinds = {name: heldout.event_figures(found[name]) for name in ("raw", "ema") if name in found}
+            weights = "ema" if "ema" in kinds else "raw"
+            name = files.event_name("heldout", number)
+            self._log({"event": name, "step": step, "weights": weights, **kinds.pop(weights), **kinds})
+            if self.options.samples:
+                place = samples.samples_directory(run, step)
+                summary = json.loads((place / "samples.json").read_text(encoding="utf-8"))
+                name = files.event_name("samples", number)
+                self._log({"event": name, "step": step, **samples.event_figures(summary, place)})
 
     def _log(self, event: dict[str, Any]) -> None:
         for sink in self.sinks:

@@ -1,6 +1,7 @@
 """`ltx2-report`: one page that tells what a run did."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,10 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(options: argparse.Namespace) -> Path:
-    """The page of one run or of several, and where it lies."""
+    """The page of one run or of several, and where it lies. Raises `ConfigError`, and `DataError` where it cannot be."""
+    from ltx2_train.errors import ConfigError
     from ltx2_train.evals.comparison import write_comparison
     from ltx2_train.evals.report import write_report
 
+    if not 0 <= options.media_mb < math.inf:
+        raise ConfigError(f"--media-mb {options.media_mb}: must be a number of megabytes, 0 or above")
     budget = round(options.media_mb * 1e6)
     if len(options.runs) == 1:
         return write_report(options.runs[0], options.out, media_bytes=budget)

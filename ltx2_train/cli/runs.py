@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ltx2_train.cli.components import Components, ComponentsConfig, resolved
+from ltx2_train.cli.follow import HELD
 from ltx2_train.cli.provenance import check_base
 from ltx2_train.cli.schema import TrainJob, job_from_text, plain
 from ltx2_train.cli.train import build
@@ -21,7 +22,7 @@ from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.model.build import initial_weights, transformer_config
 from ltx2_train.model.generation import UNKNOWN, generation_of
 from ltx2_train.model.modality import Stream
-from ltx2_train.train.checkpoint import CONFIG, MANIFEST, newest_complete, read_manifest, verify
+from ltx2_train.train.checkpoint import CONFIG, MANIFEST, checkpoint_directory, newest_complete, read_manifest, verify
 
 WEIGHTS = ("ema", "raw")
 
@@ -108,8 +109,26 @@ def find_checkpoint(directory: Path) -> Path:
 
 
 def run_directory(path: Path) -> Path:
-    """The run directory that `path` is, or that it is a checkpoint of."""
-    return path.resolve().parent.parent if (path / MANIFEST).exists() else path
+    """The run directory that `path` is, or that it is a checkpoint of.
+
+    Raises `ConfigError` for a checkpoint that lies in no run: nothing is written beside it.
+    """
+    found = run_of(path)
+    if found is None:
+        raise ConfigError(
+            f"{path} is a checkpoint that lies in no run directory (RUN/checkpoints/{path.name}). Say with --out DIR where "
+            "the results go"
+        )
+    return found
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that `path` is, or that it is a checkpoint of; None for a checkpoint that lies elsewhere."""
+    if not (path / MANIFEST).exists():
+        return path
+    place = path.resolve().parent
+    run = place.parent
+    return run if place in (checkpoint_directory(run, 0).parent, run / HELD) else None
 
 
 def load_trained(

@@ -64,7 +64,7 @@ def open_source(run: Path, weights: str | None, base: Path | None) -> Source:
 
     Raises `CheckpointError` and `ConfigError`.
     """
-    from ltx2_train.cli.runs import find_checkpoint, run_directory
+    from ltx2_train.cli.runs import find_checkpoint, run_of
     from ltx2_train.cli.schema import job_from_text
     from ltx2_train.errors import ConfigError
     from ltx2_train.train.checkpoint import CONFIG, read_manifest, verify
@@ -83,4 +83,4 @@ def open_source(run: Path, weights: str | None, base: Path | None) -> Source:
         job.model.weights = str(base)
     chosen = weights or ("raw" if job.ema is None else "ema")
     step = read_manifest(checkpoint)["step"]
-    return Source(run_directory(run), checkpoint, job, start, step, chosen, profile, provenance)
+    return Source(run_of(run) or run, checkpoint, job, start, step, chosen, profile, provenance)

@@ -224,7 +224,7 @@ def flops(job: "TrainJob", config: "TransformerConfig", engine: "Engine") -> "di
     from ltx2_train.train.throughput import Load, batch_load, recomputed_flops, training_flops
 
     def load(batch: "Batch") -> Load:
-        return batch_load(batch, context_tokens(job.model), job.model.streams)
+        return batch_load(batch, context_tokens(job.model), job.objective.streams)
 
     def needed(batch: "Batch") -> float:
         return training_flops(config, load(batch), lora=job.lora, connectors_trained=job.model.train_connectors)
@@ -508,6 +508,7 @@ def evaluators(
     """
     from ltx2_train.cli.components import Components
     from ltx2_train.distributed.world import agreed
+    from ltx2_train.evals.files import dataset_directory, event_name
     from ltx2_train.evals.heldout import Heldout, heldout_evaluator
     from ltx2_train.evals.samples import Samples, samples_evaluator
 
@@ -517,17 +518,14 @@ def evaluators(
         components = Components.of(job.components, datasets[0].manifest, world.device)
         codecs = agreed(world, components.codecs)
     for i, dataset in enumerate(datasets):
-        place, suffix = Path(job.train.run_dir), ""
-        if i:
-            suffix = f"_{i}"
-            place = place / "evals" / f"dataset{suffix}"
+        place = dataset_directory(Path(job.train.run_dir), i)
         if settings.heldout is not None:
             measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
-            found[f"heldout{suffix}"] = heldout_evaluator(measure, place, weights=weights, others=others)
+            found[event_name("heldout", i)] = heldout_evaluator(measure, place, weights=weights, others=others)
         if settings.samples is not None:
             sampling = agreed(world, partial(_sampling, job, dataset, marker))
             samples = agreed(world, partial(Samples, dataset, sampling, codecs, settings.samples, world))
-            found[f"samples{suffix}"] = samples_evaluator(samples, place, weights=weights)
+            found[event_name("samples", i)] = samples_evaluator(samples, place, weights=weights)
     return found
 
 

@@ -17,6 +17,7 @@ from ltx2_train.evals.history import (
     film_cell,
     loss_line,
 )
+from ltx2_train.evals.identity import Identity, differences, heldout_of, samples_of
 from ltx2_train.evals.report import MEDIA_BYTES, change, duration, loss_text, render, smooth
 from ltx2_train.evals.runrecord import RunRecord, read_run
 
@@ -44,6 +45,7 @@ def write_comparison(
         "title": " · ".join(names),
         "facts": [f"{len(runs)} runs"],
         "runs": [{"name": name, "style": _style(i), "facts": _facts(run)} for i, (name, run) in enumerate(pairs)],
+        "notes": _notes(pairs),
         "settings": differing(settings),
         "figures": figure_rows(runs),
         "heldout": _heldout_charts(pairs),
@@ -53,6 +55,30 @@ def write_comparison(
         "media": media,
     }
     return render("comparison.html.j2", values, path)
+
+
+def _notes(pairs: "Sequence[Named]") -> list[str]:
+    """What of the evaluations is not in the page, and which runs were not measured on the same clips, or not alike."""
+    told = [f"{name}: {note}" for name, run in pairs for note in run.notes]
+    told += [
+        f"{name}: the losses and samples of {one} are not in this page." for name, run in pairs for one in run.further
+    ]
+    for words, of in (("held-out loss", _heldout_identity), ("samples", _samples_identity)):
+        (first, known), *others = [(name, of(run)) for name, run in pairs if of(run)] or [("", {})]
+        told += [
+            f"{name}: {words} of other clips or settings than those of {first} ({differences(known, one)})."
+            for name, one in others
+            if one != known
+        ]
+    return told
+
+
+def _heldout_identity(run: RunRecord) -> Identity:
+    return heldout_of(run.heldout[-1]) if run.heldout else {}
+
+
+def _samples_identity(run: RunRecord) -> Identity:
+    return samples_of(run.samples) if run.samples else {}
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
@@ -173,13 +199,13 @@ def _baseline(lines: Sequence[Series]) -> list[Level]:
 
 
 def _samples(pairs: Sequence[Named], media: Media) -> list[dict[str, Any]]:
-    """A row per caption and seed that runs share, or one has: the newest sample of each run, then the real clip."""
-    rows: dict[tuple[str, Any], dict[str, Any]] = {}
-    real: dict[tuple[str, Any], dict[str, Any]] = {}
+    """A row per clip of the data and seed that runs share, or one has: the newest sample of each run, then the real clip."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    real: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, run in pairs:
         newest = next((s for s in reversed(run.sampled) if s.shown), None)
         for clip in newest.shown if newest else []:
-            key = (clip["key"], clip.get("seed"))
+            key = (_samples_identity(run).get("data"), clip["key"], clip.get("seed"))
             row = rows.setdefault(key, {"caption": clip["caption"], "seed": clip.get("seed"), "cells": []})
             assert newest is not None
             row["cells"].append(film_cell(clip["sampled"], f"{name}, step {newest.step}", newest, media))

@@ -1,14 +1,14 @@
 """Media inside a page, as many as its size allows. What does not fit is named by its path."""
 
 import base64
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ltx2_train.errors import DataError
+log = logging.getLogger(__name__)
 
 MIME_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
-
-
+NAMED = 4  # files that are gone, by their names; of the others the number
 FILM_SHARE = 0.75  # of the room is for films at most, so that strips of frames can stand for those that do not fit
 
 
@@ -33,13 +33,18 @@ class Media:
     missing: list[Path] = field(default_factory=list)
     _known: dict[Path, str] = field(default_factory=dict)
 
-    def embed(self, path: Path, *, needed: bool = False) -> Embedded:
-        """The file for this place of the page. Raises `DataError` when a `needed` file is gone."""
+    def embed(self, path: Path) -> Embedded:
+        """The file for this place of the page. One that is gone is told of: an evaluation replaces them meanwhile."""
         if path in self._known:
             return Embedded(path, self._known[path])
-        if not path.exists():
-            self._note_missing(path, needed)
+        try:
+            return self._embed(path)
+        except FileNotFoundError:
+            log.warning("%s is named by samples.json and gone; the page stands without it", path)
+            self.missing.append(path)
             return Embedded(path, missing=True)
+
+    def _embed(self, path: Path) -> Embedded:
         is_film = path.suffix == ".mp4"
         if self.used + path.stat().st_size * 4 / 3 > self.budget * (FILM_SHARE if is_film else 1):
             self.left.append(path)
@@ -50,14 +55,9 @@ class Media:
         self._known[path] = f"m{len(self._known)}"
         return Embedded(path, self._known[path], uri)
 
-    def picture(self, path: Path, *, needed: bool = False) -> str | None:
+    def picture(self, path: Path) -> str | None:
         """The address of a picture that stands in one place of the page, or None."""
-        return self.embed(path, needed=needed).uri
-
-    def _note_missing(self, path: Path, needed: bool) -> None:
-        if needed:
-            raise DataError(f"{path} is named by samples.json but missing. Run ltx2-evaluate for this run again")
-        self.missing.append(path)
+        return self.embed(path).uri
 
     @property
     def told(self) -> str:
@@ -68,7 +68,9 @@ class Media:
                 f" {len(self.left)} further files would not fit (--media-mb); frames or the path stand in their place."
             )
         if self.missing:
-            text += f" {len(self.missing)} files are named by samples.json and gone."
+            names = ", ".join(f"{path.parent.name}/{path.name}" for path in self.missing[:NAMED])
+            more = ", ..." if len(self.missing) > NAMED else ""
+            text += f" {len(self.missing)} files are named by samples.json and gone: {names}{more}."
         return text
 
 

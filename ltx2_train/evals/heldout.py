@@ -18,6 +18,7 @@ from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.estimate import Estimate
 from ltx2_train.evals.files import write_json
+from ltx2_train.evals.identity import Identity, clips_identity
 from ltx2_train.record import Bucket
 from ltx2_train.rng import BatchRng, derive_seed
 
@@ -76,6 +77,8 @@ class HeldoutLosses:
     sigmas: tuple[float, ...]
     video: Tensor
     audio: Tensor
+    identity: Identity | None = None
+    """What they are of; None: not known."""
 
     def mean(self, modality: str) -> Estimate:
         """Over clips, of each clip's mean over sigmas."""
@@ -90,7 +93,8 @@ class HeldoutLosses:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, each clip's losses included, so that two measurements can be paired."""
-        plain: dict[str, Any] = {"clips": len(self.keys), "sigmas": list(self.sigmas), "keys": list(self.keys)}
+        plain: dict[str, Any] = {"identity": None if self.identity is None else dict(self.identity)}
+        plain |= {"clips": len(self.keys), "sigmas": list(self.sigmas), "keys": list(self.keys)}
         for modality in MODALITIES:
             values = getattr(self, modality)
             plain[modality] = {
@@ -127,6 +131,13 @@ class Heldout:
         self.groups = by_bucket(self.indices, dataset.index.bucket, config.batch_size)
 
     @property
+    def identity(self) -> Identity:
+        """What is measured, whatever the weights and the number of ranks."""
+        streams = sorted(str(stream.value) for stream in self.objective.config.streams)
+        measured = {"sigmas": list(self.config.sigmas), "seed": self.config.seed, "streams": streams}
+        return clips_identity(self.dataset, self.indices) | measured
+
+    @property
     def num_forwards(self) -> int:
         """Calls of the model that one measurement takes, on every rank."""
         return len(share(self.groups, self.world)) * len(self.config.sigmas)
@@ -152,6 +163,7 @@ class Heldout:
             sigmas=tuple(self.config.sigmas),
             video=video.where(video.isfinite(), math.inf).where(has_video, math.nan),
             audio=audio.where(audio.isfinite(), math.inf).where(has_audio, math.nan),
+            identity=self.identity,
         )
 
     def _losses(self, model: Callable[..., Any], batch: Batch, rng: BatchRng) -> Tensor:
@@ -197,16 +209,20 @@ def share(groups: Sequence[list[int]], world: WorldLike) -> list[tuple[list[int]
 
 def heldout_path(directory: Path, step: int) -> Path:
     """Where a run directory keeps the held-out losses of a step."""
-    return directory / "evals" / f"heldout-{step:08d}.json"
+    return directory / "evals" / heldout_name(step)
 
 
-def write_heldout(heldout: Heldout, directory: Path, step: int, measured: Mapping[str, HeldoutLosses]) -> None:
-    """Write `evals/heldout-STEP.json`, the losses by the kind of weights, on the first rank. All ranks call it."""
+def heldout_name(step: int) -> str:
+    return f"heldout-{step:08d}.json"
+
+
+def write_heldout(heldout: Heldout, path: Path, step: int, measured: Mapping[str, HeldoutLosses]) -> None:
+    """Write the losses of a step to `path`, by the kind of weights, on the first rank. All ranks call it."""
 
     def write() -> None:
         if heldout.world.rank == 0:
             plain = {weights: losses.to_dict() for weights, losses in measured.items()}
-            write_json(heldout_path(directory, step), {"step": step, **plain})
+            write_json(path, {"step": step, **plain})
 
     agreed(heldout.world, write)
 
@@ -230,7 +246,7 @@ def heldout_evaluator(
             with in_place():
                 measured[name] = heldout.measure(model)
         measured[weights] = heldout.measure(model)
-        write_heldout(heldout, directory, step, measured)
+        write_heldout(heldout, heldout_path(directory, step), step, measured)
         forwards = heldout.num_forwards * len(measured)
         figures = {name: losses.figures() for name, losses in measured.items()}
         return {"weights": weights, "forwards": forwards, **figures.pop(weights), **figures}
@@ -241,10 +257,12 @@ def heldout_evaluator(
 def paired_change(before: dict[str, Any], after: dict[str, Any], modality: str) -> Estimate | None:
     """Mean difference after - before over the clips that have the modality; None if they cannot be compared.
 
+    They can where they are of the same clips, known by their content, with the same noise at the same noise levels. Two
+    that do not say what they are of are compared by the names of their clips.
     Not measured where a loss of either is not finite: the clips that did not diverge would hide it.
     The noise being the same, a clip's own difficulty drops out, and the interval is far narrower than that of either.
     """
-    if before["sigmas"] != after["sigmas"] or before["keys"] != after["keys"]:
+    if any(before.get(name) != after.get(name) for name in ("identity", "sigmas", "keys")):
         return None
     for name, mean in (("first", before[modality]["mean"]), ("later", after[modality]["mean"])):
         if mean["mean"] is None and mean["count"]:

@@ -46,12 +46,12 @@ def heldout_charts(run: RunRecord, marks: Marks) -> list[Chart]:
     return [{"title": title, "svg": svg} for title, svg in charts if svg]
 
 
-def loss_line(entries: Sequence[tuple[int, dict[str, Any]]], name: str, style: str) -> Series:
-    """A line with its band, of (step, estimate with `mean`, `low` and `high`); those without a value are left out."""
+def loss_line(entries: Sequence[tuple[float, dict[str, Any]]], name: str, style: str) -> Series:
+    """A line with its band, of (step or sigma, estimate with `mean`, `low` and `high`); without a value: left out."""
     return _line([(step, one["mean"], one["low"], one["high"]) for step, one in entries], name, style)
 
 
-def _line(points: Sequence[tuple[int, float | None, float | None, float | None]], name: str, style: str) -> Series:
+def _line(points: Sequence[tuple[float, float | None, float | None, float | None]], name: str, style: str) -> Series:
     seen = [
         (x, y, y if low is None else low, y if high is None else high) for x, y, low, high in points if y is not None
     ]

@@ -3,9 +3,11 @@
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ltx2_train.errors import DataError
 from ltx2_train.evals.charts import Mark, Series, StepMark, bars, line_chart, number, waveform
 from ltx2_train.evals.embedding import Media
 from ltx2_train.evals.heldout import MODALITIES, paired_change
@@ -13,6 +15,7 @@ from ltx2_train.evals.history import (
     best_losses,
     first_name,
     heldout_charts,
+    loss_line,
     metric_charts,
     metrics_table,
     rows_over_time,
@@ -44,7 +47,8 @@ def write_report(directory: Path, path: Path | None = None, *, media_bytes: int 
         "history": rows_over_time(run, media),
         "metrics": metrics_table(run),
         "metric_charts": metric_charts(run, marks),
-        "heldout": _heldout(run, marks),
+        "notes": _notes(run),
+        "heldout": _heldouts(run, marks),
         "curves": _curves(run, marks),
         "incidents": incident_list(events),
         "config": run.config,
@@ -54,7 +58,7 @@ def write_report(directory: Path, path: Path | None = None, *, media_bytes: int 
 
 
 def render(template: str, values: dict[str, Any], path: Path) -> Path:
-    """Write a page, whole or not at all."""
+    """Write a page, whole or not at all, and the folders that it lies in. Raises `DataError` where that cannot be."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -63,8 +67,16 @@ def render(template: str, values: dict[str, Any], path: Path) -> Path:
     environment.filters["loss"] = loss_text
     page = environment.get_template(template).render(**values)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise DataError(
+            f"{path}: the page cannot be written there ({error.strerror}). Name a file with --out"
+        ) from error
     return path
 
 
@@ -152,13 +164,31 @@ def _before_and_after(run: RunRecord) -> tuple[dict[str, Any] | None, dict[str, 
     return (found[0], found[-1]) if found else (None, None)
 
 
+def _heldouts(run: RunRecord, marks: Sequence[StepMark]) -> list[dict[str, Any]]:
+    """The losses on every held-out dataset, the run's first one first, each with its title."""
+    found = [("Held-out loss", _heldout(run, marks))]
+    found += [(f"Held-out loss, {name}", _heldout(one, marks)) for name, one in run.further.items()]
+    return [{"title": title, **losses} for title, losses in found if losses]
+
+
+def _notes(run: RunRecord) -> list[str]:
+    """What of the evaluations is not in the page, or is joined with less than certainty."""
+    told = list(run.notes)
+    for name, one in run.further.items():
+        told += [f"{name}: {note}" for note in one.notes]
+        if one.sampled:
+            told.append(f"{name}: its samples are not in this page; they lie in {one.directory / 'evals'}.")
+    return told
+
+
 def _heldout(run: RunRecord, marks: Sequence[StepMark]) -> dict[str, Any] | None:
     """Table rows, a chart per modality of the first against the last measurement, and charts over steps."""
     first, last = _before_and_after(run)
     if not first or not last:
         return None
     steps = run.heldout[0]["step"], run.heldout[-1]["step"]
-    charts = [_heldout_chart(m, first, last, steps) for m in MODALITIES] + heldout_charts(run, marks)
+    drawn = [_heldout_chart(m, first, last, steps) for m in MODALITIES] + heldout_charts(run, marks)
+    charts = [chart for chart in drawn if chart["svg"]]
     rows = [_heldout_row(e["step"], w, e[w], first, steps[0]) for e in run.heldout for w in ("raw", "ema") if e.get(w)]
     return {"rows": rows, "clips": last["clips"], "charts": charts}
 
@@ -185,9 +215,7 @@ def _heldout_chart(
     modality: str, first: dict[str, Any], last: dict[str, Any], steps: tuple[int, int]
 ) -> dict[str, str]:
     def line(losses: dict[str, Any], name: str, style: str) -> Series:
-        rows = losses[modality]["by_sigma"]
-        values = {key: [row[key] for row in rows] for key in ("mean", "low", "high")}
-        return Series(name, losses["sigmas"], values["mean"], style, values["low"], values["high"])
+        return loss_line(list(zip(losses["sigmas"], losses[modality]["by_sigma"], strict=True)), name, style)
 
     lines = [line(last, f"step {steps[1]}", modality)]
     if first is not last:
@@ -286,7 +314,7 @@ def _samples(run: RunRecord, media: Media, marks: Sequence[StepMark]) -> dict[st
         "clips": cards,
         "sync": _sync(found.get("sync")),
         "sync_chart": sync_chart(run, marks),
-        "sheet": media.picture(newest.directory / found["sheet"], needed=True) if found.get("sheet") else None,
+        "sheet": media.picture(newest.directory / found["sheet"]) if found.get("sheet") else None,
     }
 
 
@@ -301,10 +329,9 @@ def card(clip: dict[str, Any], sampled: Sampled, media: Media) -> dict[str, Any]
 def _side(side: dict[str, Any], title: str, sampled: Sampled, media: Media, loudest: float) -> dict[str, Any]:
     events = (("impacts", "impact"), ("onsets", "onset"))
     marks = [Mark(time, style) for name, style in events for time in side.get(name) or []]
-    film = media.embed(sampled.directory / side["media"], needed=True)
+    film = media.embed(sampled.directory / side["media"])
     pictures = {
-        name: media.picture(sampled.directory / side[name], needed=True) if side.get(name) else None
-        for name in ("strip", "mel")
+        name: media.picture(sampled.directory / side[name]) if side.get(name) else None for name in ("strip", "mel")
     }
     return {
         "title": title,

@@ -3,14 +3,18 @@
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ltx2_train.errors import DataError
-from ltx2_train.evals.files import FOLLOW_NAME
+from ltx2_train.evals.files import FOLLOW_NAME, dataset_directory, event_name, further_datasets
+from ltx2_train.evals.identity import UNKNOWN, Identity, differences, heldout_of, read_contents, samples_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Step = tuple[int, T, Identity]  # what an evaluation of a step says, and what it is of
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.yaml"
@@ -35,7 +39,11 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run directory holds for the report. `heldout` and `sampled` are in order of steps."""
+    """What a run directory holds for the report.
+
+    `heldout` and `sampled` are in order of steps, and of like clips, measured alike: what is of others is left out.
+    `notes` says so.
+    """
 
     directory: Path
     config: str
@@ -43,6 +51,9 @@ class RunRecord:
     events: list[dict[str, Any]]
     heldout: list[dict[str, Any]] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    further: "dict[str, RunRecord]" = field(default_factory=dict)
+    """The evaluations on further held-out datasets, by the setting that names each, without steps and events."""
 
     @property
     def name(self) -> str:
@@ -67,18 +78,75 @@ def read_run(directory: Path) -> RunRecord:
     lines, followed = list(json_lines(path)), directory / "evals" / FOLLOW_NAME
     told = list(json_lines(followed)) if followed.exists() else []
     config = directory / CONFIG_NAME
-    return RunRecord(
-        directory=directory,
+    events = sorted([line for line in [*lines, *told] if "event" in line], key=lambda line: line.get("step", 0))
+    numbers = further_datasets(directory)
+    return replace(
+        _evaluations(directory, events, 0),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         steps=_last_of_each_step([line for line in lines if "event" not in line]),
-        events=sorted([line for line in [*lines, *told] if "event" in line], key=lambda line: line.get("step", 0)),
-        heldout=[json.loads(p.read_text(encoding="utf-8")) for p in sorted(directory.glob("evals/heldout-*.json"))],
-        sampled=[Sampled(p.parent, json.loads(p.read_text(encoding="utf-8"))) for p in _samples_files(directory)],
+        events=events,
+        further={
+            f"evaluation.datasets[{i}]": _evaluations(dataset_directory(directory, i), events, i) for i in numbers
+        },
     )
 
 
-def _samples_files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("evals/samples-*/samples.json"))
+def _evaluations(place: Path, events: Sequence[dict[str, Any]], number: int) -> RunRecord:
+    """What was evaluated on a held-out dataset of the run."""
+    notes: list[str] = []
+    losses = _read(place.glob("evals/heldout-*.json"), notes)
+    heldout = [(found["step"], found, heldout_of(found)) for _, found in losses]
+    samples = _read(place.glob("evals/samples-*/samples.json"), notes)
+    sampled = [(found["step"], Sampled(path.parent, found), samples_of(found)) for path, found in samples]
+
+    def alike(found: "Sequence[Step[T]]", kind: str, words: str) -> list[T]:
+        own = {event["step"] for event in events if event["event"] == event_name(kind, number)}
+        return _alike(found, own, words, notes)
+
+    return RunRecord(
+        directory=place,
+        config="",
+        steps=[],
+        events=[],
+        heldout=alike(heldout, "heldout", "held-out loss"),
+        sampled=alike(sampled, "samples", "samples"),
+        notes=notes,
+    )
+
+
+def _read(paths: Iterable[Path], notes: list[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """The files that are still there when they are read: an evaluation replaces them while the run goes on."""
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append((path, read_contents(path)))
+        except FileNotFoundError:
+            log.warning("%s is gone since it was listed, and is left out of the report", path)
+            notes.append(f"{path.parent.name}/{path.name} was gone when it was to be read, and is left out.")
+    return found
+
+
+def _alike(found: "Sequence[Step[T]]", own: set[int], words: str, notes: list[str]) -> list[T]:
+    """The evaluations that are of the same as the newest one that the run itself made (at the steps `own`), or the newest.
+
+    What is left out, and what is joined by names alone, is added to `notes`.
+    """
+    if not found:
+        return []
+    _, _, chosen = ([one for one in found if one[0] in own] or found)[-1]
+    others: dict[str, list[str]] = {}
+    for step, _, identity in found:
+        if identity != chosen:
+            others.setdefault(differences(chosen, identity), []).append(str(step))
+    for difference, steps in others.items():
+        notes.append(f"Left out: {words} of step {', '.join(steps)} ({difference}).")
+    kept = [one for _, one, identity in found if identity == chosen]
+    if chosen.get(UNKNOWN) and len(kept) > 1:
+        notes.append(
+            f"The files of {words} do not say what they were measured on (an earlier version wrote them). They are "
+            "joined by the names of their clips and by their settings, as far as those are known."
+        )
+    return kept
 
 
 def json_lines(path: Path) -> Iterable[dict[str, Any]]:

@@ -24,6 +24,7 @@ from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.estimate import bootstrap
 from ltx2_train.evals.film import Film
 from ltx2_train.evals.heldout import WorldLike, by_bucket, share, spread
+from ltx2_train.evals.identity import clips_identity, digest
 from ltx2_train.evals.metrics import Clip, Measured, Settings, build_metrics, check_names, figures, measure, names
 from ltx2_train.evals.metrics.metric import share as share_of
 from ltx2_train.evals.sync import TOLERANCE, compare, match_counts
@@ -136,9 +137,7 @@ class Samples:
     ) -> None:
         self.dataset, self.sampling, self.codecs, self.config, self.world = dataset, sampling, codecs, config, world
         rest(*codecs.movable)  # until there is something to decode, the room is the model's
-        candidates = _talking_clips(dataset, sampling.streams)
-        chosen = spread(len(candidates), config.clips, dataset.location)
-        self.indices = [candidates[i] for i in chosen]
+        self.indices = _chosen_clips(dataset, config.clips, sampling.streams)
         chosen_metrics = names() if config.metrics is None else config.metrics
         self.metrics = build_metrics(chosen_metrics, Settings(config.tolerance, world.device))
         self.taken_up = 0  # samples of the last run that an earlier one, broken off, had made
@@ -284,6 +283,9 @@ class Samples:
             "step": step,
             "weights": weights,
             "profile": self.sampling.profile.name,
+            "identity": samples_identity(
+                self.dataset, self.sampling.profile, self.sampling.streams, self.config, weights
+            ),
             "count": len(done),
             "clips": entries,
             "sync": sync_figures(entries, self.config.tolerance, clips),
@@ -327,6 +329,27 @@ def _bucket_of(bucket: Bucket, streams: frozenset[Stream]) -> Bucket:
     """The latent sizes of the streams that are made."""
     grid = (bucket.frames, bucket.height, bucket.width) if Stream.video in streams else (0, 0, 0)
     return Bucket(*grid, bucket.audio_steps if Stream.audio in streams else 0)
+
+
+def _chosen_clips(dataset: LatentDataset, wanted: int, streams: frozenset[Stream]) -> list[int]:
+    candidates = _talking_clips(dataset, streams)
+    return [candidates[i] for i in spread(len(candidates), wanted, dataset.location)]
+
+
+def samples_identity(
+    dataset: LatentDataset, profile: SamplerProfile, streams: frozenset[Stream], config: SamplesConfig, weights: str
+) -> dict[str, Any]:
+    """What samples are of, whatever the step. Known before there is a model."""
+    return {
+        **clips_identity(dataset, _chosen_clips(dataset, config.clips, streams)),
+        "streams": sorted(streams),
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "tolerance_ms": config.tolerance_ms,
+        "profile": profile.name,
+        "profile_settings": digest(profile.to_dict()),
+        "weights": weights,
+    }
 
 
 def request_like(

@@ -73,7 +73,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def batch_load(batch: Batch, text_tokens: int, streams: Collection[str] = ("video", "audio")) -> Load:
-    """The sizes of a micro-batch; `text_tokens` rows of context, and the streams that the model is built with.
+    """The sizes of a micro-batch; `text_tokens` rows of context, and the streams that the objective runs.
 
     A modality that the batch lacks runs as one token.
     """

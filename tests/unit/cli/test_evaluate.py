@@ -2,25 +2,36 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ltx2_train.cli import evaluate, runs
+from ltx2_train.cli import evaluate, runs, train
 from ltx2_train.cli.components import Components
+from ltx2_train.cli.schema import load_job
+from ltx2_train.data.datasets import open_dataset
 from ltx2_train.distributed import world as world_module
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError
+from ltx2_train.evals.files import dataset_directory
+from ltx2_train.evals.heldout import Heldout, heldout_path
+from ltx2_train.evals.samples import SamplesConfig, samples_directory, samples_identity
+from ltx2_train.model.modality import Stream
+from ltx2_train.testing.shards import manifest_for, write_latent_dataset
 from ltx2_train.testing.threads import on_ranks
 from ltx2_train.train.checkpoint import complete_checkpoints
-from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
+from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset, small_samples
 
+WORLD = World(0, 1, 0, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[3]
 HELD = ("train.max_steps=2", "train.save_every=2", "evaluation.samples=null", "evaluation.heldout.clips=4")
 
@@ -39,6 +50,13 @@ def heldout(place: Path) -> dict:
     return json.loads((place / "run" / "evals" / "heldout-00000002.json").read_text())
 
 
+def of_the_trainer(run: Path) -> Heldout:
+    """What the run itself measures, put together as the trainer puts it together."""
+    job = load_job(run)
+    objective = train._plain_objective(job, marker=False)
+    return Heldout(open_dataset(job.evaluation.datasets[0]), objective, job.evaluation.heldout, WORLD)
+
+
 def test_training_and_the_program_measure_both_kinds_of_weights_alike(place, capsys):
     trained = heldout(place)
     assert set(trained) == {"step", "raw", "ema"}
@@ -52,6 +70,7 @@ def test_training_and_the_program_measure_both_kinds_of_weights_alike(place, cap
     assert "raw weights: video" in said
     assert "ema weights: video" in said
     for weights in ("raw", "ema"):
+        assert trained[weights]["identity"] == again[weights]["identity"] == of_the_trainer(place / "run").identity
         for modality in ("video", "audio"):
             first, second = trained[weights][modality]["per_clip"], again[weights][modality]["per_clip"]
             assert second == pytest.approx(first, rel=1e-5), f"{weights} {modality}"
@@ -72,6 +91,17 @@ def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, c
     summary = json.loads((tmp_path / "samples.json").read_text())
     assert list(summary["metrics"]) == ["loudness", "seed_diversity_audio", "frechet_video"]
     assert summary["count"] == 4
+    job = load_job(place / "run")
+    dataset = open_dataset(job.evaluation.datasets[0])
+    profile = train._sampling(job, dataset, marker=False).profile
+    asked = SamplesConfig(clips=2, seeds=2, tolerance_ms=50)
+    assert summary["identity"] == samples_identity(dataset, profile, frozenset(Stream), asked, "ema"), (
+        "as the trainer's"
+    )
+    other = [str(place / "run"), "--samples", "2", "--out", str(tmp_path)]
+    assert evaluate.main(other) == 2
+    assert "seeds 1 instead of 2, tolerance_ms 80.0 instead of 50.0" in capsys.readouterr().err
+    assert json.loads((tmp_path / "samples.json").read_text()) == summary
     assert evaluate.parser().parse_args(["RUN", "--metrics", "none"]).metrics == []
     assert list(evaluate.metrics_table({})) == []
 
@@ -97,10 +127,11 @@ def test_an_evaluation_that_is_killed_leaves_nothing_half_written_and_is_taken_u
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--metrics", "fvd"], "metrics=fvd: not known. Choose from"),
-        (["--seeds", "0"], "seeds=0: must be >= 1"),
-        (["--tolerance-ms", "-1"], "tolerance_ms=-1"),
-        (["--clips", "0"], "clips=0: must be >= 1"),
+        (["--metrics", "fvd"], "--metrics fvd: not known. Choose from"),
+        (["--seeds", "0"], "--seeds 0: must be >= 1"),
+        (["--samples", "-1"], "--samples -1: must be >= 1"),
+        (["--tolerance-ms", "-1"], "--tolerance-ms -1.0: must be > 0"),
+        (["--clips", "0"], "--clips 0: must be >= 1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(place, capsys, options, said):
@@ -159,6 +190,81 @@ def test_an_error_of_all_ranks_is_told_by_the_first(monkeypatch, capsys, togethe
     monkeypatch.setattr(world_module, "init_world", lambda: World(1, 2, 1, torch.device("cpu")))
     assert evaluate.main(["RUN"]) == 2
     assert capsys.readouterr().err == said
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Nothing may be computed."""
+
+    def never(*args):
+        raise AssertionError("a model was filled")
+
+    monkeypatch.setattr(runs, "_model", never)
+
+
+def test_another_measurement_does_not_replace_one_that_is_there(place, tmp_path, capsys, no_model):
+    written = place / "run" / "evals" / "heldout-00000002.json"
+    before = written.read_bytes()
+    assert evaluate.main([str(place / "run"), "--clips", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"{written} is another measurement: this one has clips 1 instead of 4" in said
+    assert "--out" in said
+    samples = [replace(sample, video=3 * sample.video) for sample in small_samples()]
+    write_latent_dataset(tmp_path / "foreign", samples, manifest=manifest_for(samples[0]))
+    assert evaluate.main([str(place / "run"), "--data", str(tmp_path / "foreign")]) == 2
+    assert re.search(r"this one has data \w{16} instead of \w{16}\. It", capsys.readouterr().err), (
+        "the keys are the same"
+    )
+    assert written.read_bytes() == before
+
+
+def test_a_measurement_of_unknown_clips_is_not_replaced(place, tmp_path, capsys, no_model):
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    written = run / "evals" / "heldout-00000002.json"
+    found = json.loads(written.read_text())
+    for weights in ("raw", "ema"):
+        del found[weights]["identity"]
+    written.write_text(json.dumps(found))
+    assert evaluate.main([str(run)]) == 2
+    assert "does not say what it was measured on" in capsys.readouterr().err
+
+
+def test_another_folder_takes_another_measurement_of_all_held_out_datasets(place, tmp_path, monkeypatch, capsys):
+    """And without that folder each goes where the run itself keeps it."""
+    other = small_dataset(tmp_path / "other", count=7)
+    load = runs.load_trained
+
+    def of_two(*args, **settings):
+        trained = load(*args, **settings)
+        trained.job.evaluation.datasets.append(str(other))
+        return trained
+
+    monkeypatch.setattr(runs, "load_trained", of_two)
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    (written,), before = list(run.glob("evals/*.json")), heldout(place)
+    assert evaluate.main([str(run), "--clips", "1", "--out", str(tmp_path / "out")]) == 0
+    name = "heldout-00000002.json"
+    assert sorted(tmp_path.glob("out/**/*.json")) == [tmp_path / "out" / "dataset_1" / name, tmp_path / "out" / name]
+    assert json.loads((tmp_path / "out" / "dataset_1" / name).read_text())["ema"]["keys"] == ["s000"]
+    assert json.loads(written.read_text()) == before
+    out = capsys.readouterr().out
+    assert "step 2  held-out loss" in out
+    assert "step 2  evaluation.datasets[1], held-out loss" in out
+    options = evaluate.parser().parse_args([str(run), "--samples", "1"])
+    places = [evaluate._places(options, run, number, 2) for number in (0, 1)]
+    folders = [dataset_directory(run, number) for number in (0, 1)]
+    assert places == [(heldout_path(folder, 2), samples_directory(folder, 2)) for folder in folders]
+
+
+def test_a_checkpoint_outside_a_run_has_no_place_for_results(place, tmp_path, capsys, no_model):
+    (newest,) = complete_checkpoints(place / "run")
+    lone = shutil.copytree(newest, tmp_path / "models" / newest.name)
+    assert evaluate.main([str(lone)]) == 2
+    assert "lies in no run directory" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
+    assert runs.run_directory(newest) == place / "run"
+    assert evaluate.main([str(newest), "--follow"]) == 2
+    assert "Name the run directory" in capsys.readouterr().err
 
 
 def test_clips_of_another_codec_are_refused(place, tmp_path, capsys):

@@ -14,10 +14,13 @@ import torch
 
 from ltx2_train.cli import evaluate, follow
 from ltx2_train.cli.runs import run_directory
+from ltx2_train.cli.schema import load_job
+from ltx2_train.cli.train import _plain_objective
+from ltx2_train.data.datasets import open_dataset
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError
-from ltx2_train.evals.files import write_json
-from ltx2_train.evals.heldout import heldout_path
+from ltx2_train.evals.files import dataset_directory, write_json
+from ltx2_train.evals.heldout import Heldout, heldout_path
 from ltx2_train.evals.samples import samples_directory
 from ltx2_train.train.checkpoint import checkpoint_directory, read_manifest, verify
 from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset
@@ -108,6 +111,10 @@ def test_a_damaged_checkpoint_is_told_and_the_others_are_evaluated(run, capsys):
     assert followed(run) == 0
     out = capsys.readouterr().out
     assert evaluated(run) == [2, 6]
+    job = load_job(run)
+    own = Heldout(open_dataset(job.evaluation.datasets[0]), _plain_objective(job, False), job.evaluation.heldout, WORLD)
+    for step in (2, 6):
+        assert json.loads(heldout_path(run, step).read_text())["ema"]["identity"] == own.identity, "as the trainer's"
     assert re.search(r"step 4  evaluation failed, going on: CheckpointError: .*SHA-256", out)
     assert [e["step"] for e in events(run) if e["event"] == "evaluation_failed"] == [4]
 
@@ -194,6 +201,31 @@ def test_steps_that_the_run_samples_itself_are_left_to_it(run, capsys, quick):
         "samples-00000002",
         "samples-00000004",
     ]
+
+
+def test_every_held_out_dataset_is_evaluated_and_told_of(run, capsys, monkeypatch):
+    """The first has been measured already; that does not stand for the second."""
+    config = run / "config.yaml"
+    (first,) = load_job(run).evaluation.datasets
+    config.write_text(re.sub(r"( +)- " + re.escape(first), rf"\1- {first}\n\1- {first}", config.read_text()))
+
+    def measure(options, world):
+        step = read_manifest(options.run)["step"]
+        for number in (0, 1):
+            path = heldout_path(dataset_directory(run_directory(options.run), number), step)
+            write_json(path, {"step": step, "raw": {"loss": number}})
+        yield f"step {step}  held-out"
+
+    monkeypatch.setattr(evaluate, "evaluate", measure)
+    monkeypatch.setattr("ltx2_train.evals.heldout.event_figures", dict)
+    for step in (2, 4, 6):
+        write_json(heldout_path(run, step), {"step": step, "raw": {}})
+    assert followed(run) == 0
+    assert order(capsys.readouterr().out) == [2, 4, 6]
+    told = [(e["event"], e["step"], e["loss"]) for e in events(run)]
+    assert told == [(name, step, i) for step in (2, 4, 6) for i, name in enumerate(("heldout", "heldout_1"))]
+    assert followed(run) == 0
+    assert order(capsys.readouterr().out) == []
 
 
 def test_a_folder_for_one_step_does_not_go_with_many(run, tmp_path, capsys):

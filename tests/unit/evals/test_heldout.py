@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_a_clip_that_diverged_is_not_left_out_of_a_pair():
 def test_measurements_of_other_sigmas_are_not_compared(dataset):
     first, second = on_one_rank(dataset).to_dict(), on_one_rank(dataset, sigmas=[0.5]).to_dict()
     assert paired_change(first, second, "video") is None
+
+
+def test_measurements_of_other_clips_are_not_compared_whatever_their_names(dataset, tmp_path):
+    """Keys such as clip-000001 come in every dataset."""
+    samples = [dataset.read(i) for i in range(len(dataset))]
+    write_latent_dataset(tmp_path / "other", [replace(sample, video=3 * sample.video) for sample in samples])
+    write_latent_dataset(tmp_path / "copy", samples)
+    first = on_one_rank(dataset).to_dict()
+    other, copy = (on_one_rank(open_dataset(tmp_path / name)).to_dict() for name in ("other", "copy"))
+    assert (first["keys"], first["sigmas"]) == (other["keys"], other["sigmas"])
+    assert paired_change(first, other, "video") is None
+    assert paired_change(first, copy, "video").value == 0, "wherever they lie"
+    assert paired_change(first, on_one_rank(dataset, seed=1).to_dict(), "video") is None, "other noise"
+    unknown = {name: value for name, value in first.items() if name != "identity"}
+    assert paired_change(first, unknown, "video") is None
+    assert json.loads(json.dumps(first))["identity"] == first["identity"], "it comes back as it was"
 
 
 def test_one_evaluation_measures_raw_and_averaged_weights_and_writes_both_at_once(dataset, tmp_path):

@@ -3,18 +3,28 @@
 import base64
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from ltx2_train.cli import report
 from ltx2_train.errors import DataError
+from ltx2_train.evals import runrecord
 from ltx2_train.evals.charts import Level, Series, StepMark, bars, line_chart, number, ticks
 from ltx2_train.evals.comparison import differing, short_names, write_comparison
+from ltx2_train.evals.files import dataset_directory, write_json
+from ltx2_train.evals.heldout import HeldoutLosses, heldout_path
 from ltx2_train.evals.report import change, duration, headline, smooth, write_report
 from ltx2_train.evals.runrecord import read_run
+from ltx2_train.evals.samples import samples_directory
 
+ROOT = Path(__file__).resolve().parents[3]
 MEDIA = {"00-sampled.mp4": b"sampled film", "00-real.mp4": b"real film", "strip.png": b"frames", "sheet.png": b"sheet"}
 
 
@@ -164,10 +174,166 @@ def test_a_directory_without_metrics_is_refused_by_name(tmp_path):
         write_report(tmp_path)
 
 
-def test_a_missing_clip_is_named(run_dir):
+def test_a_missing_clip_is_named_and_costs_nothing_else(run_dir, caplog):
     (run_dir / "evals" / "samples-00000200" / "00-real.mp4").unlink()
-    with pytest.raises(DataError, match=r"00-real\.mp4"):
-        write_report(run_dir)
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert "1 files are named by samples.json and gone: samples-00000200/00-real.mp4." in text
+    assert base64.b64encode(MEDIA["00-sampled.mp4"]).decode() in text
+    assert "00-real.mp4 is named by samples.json and gone" in caplog.text
+
+
+def test_a_film_that_goes_while_it_is_read_is_named(run_dir, monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("ltx2_train.evals.embedding.data_uri", gone)
+    assert "files are named by samples.json and gone" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_an_evaluation_that_is_replaced_meanwhile_is_skipped_and_told(run_dir, monkeypatch, caplog):
+    read = runrecord.read_contents
+
+    def after_it_went(path):
+        if path.name == "samples.json":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(runrecord, "read_contents", after_it_went)
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert "samples-00000200/samples.json was gone when it was to be read" in text
+    assert "from 1.500: 67% lower" in text
+    assert "samples.json is gone since it was listed" in caplog.text
+
+
+def test_folders_of_the_page_are_made_and_a_place_that_cannot_be_is_named(run_dir, tmp_path, capsys):
+    assert report.main([str(run_dir), "--out", str(tmp_path / "reports" / "june" / "tuesday.html")]) == 0
+    assert (tmp_path / "reports" / "june" / "tuesday.html").exists()
+    assert report.main([str(run_dir), "--out", str(tmp_path / "reports")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'reports'}: the page cannot be written there" in said
+    assert "--out" in said
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+    for size in ("nan", "inf", "-1"):
+        assert report.main([str(run_dir), f"--media-mb={size}"]) == 2
+        assert f"--media-mb {float(size)}: must be" in capsys.readouterr().err
+
+
+def test_the_page_is_the_same_where_text_is_ascii(run_dir):
+    here = write_report(run_dir).read_bytes()
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-X",
+        "utf8=0",
+        "-m",
+        "ltx2_train.cli.report",
+        str(run_dir),
+        "--out",
+        str(run_dir / "c.html"),
+    ]
+    subprocess.run(command, env=environment, check=True)
+    assert (run_dir / "c.html").read_bytes() == here
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("video", "audio"),
+    [
+        ([[1.0, 2.0], [2.0, 3.0]], [[NAN, NAN], [NAN, NAN]]),
+        ([[1.0, 2.0], [2.0, 3.0]], [[1.0, 2.0], [NAN, NAN]]),
+        ([[1.0, INF], [2.0, INF]], [[1.0, 2.0], [2.0, 3.0]]),
+        ([[1.0, 2.0]], [[1.0, 2.0]]),
+        ([[INF, INF]], [[NAN, NAN]]),
+    ],
+    ids=["no sound", "one clip with sound", "diverged at one sigma", "one clip", "nothing at all"],
+)
+def test_losses_without_a_mean_or_an_interval_have_a_page(tmp_path, video, audio):
+    keys = tuple(f"k{i}" for i in range(len(video)))
+    columns = (torch.tensor(values, dtype=torch.float64) for values in (video, audio))
+    found = HeldoutLosses(keys, (0.1, 0.9), *columns, {"data": "d"}).to_dict()
+    for step in (1, 2):
+        write_json(tmp_path / "evals" / f"heldout-{step:08d}.json", {"step": step, "raw": found})
+    (tmp_path / "metrics.jsonl").write_text("")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    charts = re.findall(r"<h3>(\w+), by sigma</h3>", text)
+    assert charts == [name for name, rows in (("video", video), ("audio", audio)) if math.isfinite(rows[0][0])]
+    assert "<h3>video, by sigma</h3></div>" not in text
+    write_comparison([tmp_path, tmp_path], tmp_path / "both.html", [{}, {}])
+
+
+def measured(step: int, mean: float, identity: dict | None) -> dict:
+    told = {} if identity is None else {"identity": identity}
+    return {"step": step, "ema": losses(mean) | told}
+
+
+OWN, OTHER = {"data": "aaaa", "clips": 3}, {"data": "bbbb", "clips": 3}
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "tile", "told"),
+    [
+        ([(0, 1.5, OWN), (100, 1.0, OWN), (200, 7.0, OTHER)], [0, 100], "from 1.500: 33% lower", "step 200 (data bbbb"),
+        ([(0, 1.5, OTHER), (100, 1.0, OWN), (200, 0.5, OWN)], [], "from 1.000: 50% lower", "step 0 (data bbbb"),
+        ([(0, 1.5, None), (100, 1.0, OWN), (200, 0.5, OWN)], [], "from 1.000: 50% lower", "step 0 (one does not say"),
+        ([(0, 1.5, None), (100, 1.0, None)], [], "from 1.500: 33% lower", "do not say what they were measured on"),
+    ],
+    ids=["not the run's own", "older ones", "unknown before known", "all unknown"],
+)
+def test_losses_of_other_clips_are_left_out_and_the_page_says_so(tmp_path, found, own, tile, told):
+    for step, mean, identity in found:
+        write_json(tmp_path / "evals" / f"heldout-{step:08d}.json", measured(step, mean, identity))
+    lines = [{"event": "heldout", "step": step, "loss_video": 1.0} for step in own]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert tile in text
+    notes = text[text.index('<p class="notes"') :]
+    assert told in notes[: notes.index("</p>")]
+    assert "7.0000" not in text
+
+
+def test_losses_of_like_clips_need_no_note(tmp_path):
+    for step in (0, 100):
+        write_json(tmp_path / "evals" / f"heldout-{step:08d}.json", measured(step, 1.0, OWN))
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert '<p class="notes"' not in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_samples_of_another_tolerance_are_in_no_curve_with_the_others(run_dir):
+    path = run_dir / "evals" / "samples-00000200" / "samples.json"
+    newest = json.loads(path.read_text())
+    for step, tolerance in ((0, 80), (100, 50), (200, 80)):
+        if step < 200:
+            add_samples(run_dir, step)
+        place = run_dir / "evals" / f"samples-{step:08d}" / "samples.json"
+        known = {"step": step, "identity": {"data": "aaaa", "tolerance_ms": tolerance}}
+        place.write_text(json.dumps(newest | known))
+    assert [sampled.step for sampled in read_run(run_dir).sampled] == [0, 200]
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert "Left out: samples of step 100 (tolerance_ms 50 instead of 80)." in text
+
+
+def test_further_held_out_datasets_are_on_the_page(run_dir):
+    second = dataset_directory(run_dir, 1)
+    for step, mean in ((0, 3.125), (200, 2.125)):
+        write_json(heldout_path(second, step), measured(step, mean, OTHER))
+    write_json(samples_directory(second, 200) / "samples.json", {"step": 200, "clips": [], "identity": OTHER})
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    section = text[text.index("<h2>Held-out loss, evaluation.datasets[1]</h2>") :]
+    assert "3.1250" in section
+    assert "2.1250" in section
+    assert "evaluation.datasets[1]: its samples are not in this page; they lie in" in text
+    assert text.count("from 1.500: 67% lower") == 2, "the tiles are of the first dataset"
+
+
+def test_runs_that_were_measured_on_other_clips_are_told_apart(run_dir):
+    other = other_run(run_dir, "other")
+    for place, identity in ((run_dir, OWN), (other, OTHER)):
+        for step in (0, 200):
+            write_json(heldout_path(place, step), measured(step, 1.0, identity))
+    text = write_comparison([run_dir, other], run_dir / "both.html", [{}, {}]).read_text(encoding="utf-8")
+    assert "other: held-out loss of other clips or settings than those of a run (data bbbb instead of aaaa)." in text
 
 
 def test_a_gap_in_a_series_interrupts_its_line():
