@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -131,7 +131,7 @@ class Follower:
         for checkpoint in complete_checkpoints(self.run):
             with suppress(FileNotFoundError):  # removed since it was listed
                 found[_step(checkpoint)] = (checkpoint, _identity(checkpoint))
-        lines = self._left_to_the_run(job, found)
+        lines = self._left_to_the_run(job, found) + self._measured_before(job, found)
         waiting = [step for step, (_, identity) in found.items() if not self._done(job, step, identity)]
         lines += self._gone({step for step in _saved_steps(self.run) if step > self.before} | self.waiting, found)
         self.waiting = set(waiting)
@@ -140,12 +140,14 @@ class Follower:
         return Look(lines, chosen, not waiting and max(found, default=-1) >= job.train.max_steps)
 
     def _done(self, job: "TrainJob", step: int, identity: Identity) -> bool:
-        """Whether nothing is to be done about a checkpoint: its files are there, and not older than it is."""
+        """Whether nothing is to be done about a checkpoint."""
+        return identity in self.tried or self._runs_own(job, step) or self._measured(job, step, identity)
+
+    def _measured(self, job: "TrainJob", step: int, identity: Identity) -> bool:
+        """Whether the files of a checkpoint's evaluation are there, and not older than it is."""
         from ltx2_train.evals.heldout import heldout_path
         from ltx2_train.evals.samples import samples_directory
 
-        if identity in self.tried or self._runs_own(job, step):
-            return True
         places = self._places(job)
         files = [heldout_path(place, step) for place in places]
         files += [samples_directory(place, step) / "samples.json" for place in places if self.options.samples]
@@ -171,6 +173,16 @@ class Follower:
         own = [step for step in sorted(found) if self._runs_own(job, step) and step not in self.told]
         self.told |= set(own)
         return [f"step {step}  left to the run, which samples it itself (evaluation.samples)" for step in own]
+
+    def _measured_before(self, job: "TrainJob", found: Mapping[int, tuple[Path, Identity]]) -> list[str]:
+        """Says which checkpoints have their files from before this start, whatever those measured."""
+        before = [
+            step
+            for step, (_, identity) in sorted(found.items())
+            if step not in self.told and identity not in self.tried and self._measured(job, step, identity)
+        ]
+        self.told |= set(before)
+        return [f"step {step}  measured before: {self.run / 'evals'} has its files, which stay" for step in before]
 
     def _gone(self, saved: set[int], found: Iterable[int]) -> list[str]:
         """Says which checkpoints were removed before their turn."""

@@ -1,7 +1,5 @@
 """`ltx2-train`: joins data, model, objective, engine and sinks into a run."""
 
-import hashlib
-import json
 import logging
 import os
 import sys
@@ -459,6 +457,7 @@ def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]", origin: Path 
     `origin`: the checkpoint that it goes on from.
     """
     from ltx2_train.cli.schema import plain
+    from ltx2_train.evals.identity import digest
     from ltx2_train.train.optim import Schedule
     from ltx2_train.train.state import defining_settings
 
@@ -470,8 +469,7 @@ def identity(job: "TrainJob", datasets: "Sequence[LatentDataset]", origin: Path 
     if job.lora is not None:
         settings["lora.weights"] = adapters_fingerprint(job, origin)
     for i, dataset in enumerate(datasets):
-        shards = json.dumps(dataset.manifest.shards, sort_keys=True)
-        settings[f"data.datasets.{i}.shards"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
+        settings[f"data.datasets.{i}.shards"] = digest(dataset.manifest.shards)
     return settings
 
 

@@ -211,7 +211,21 @@ class ClipMaker:
         return self.codecs.audio.encode(sound.waveform[None].to(self.device), sound.rate)[0].cpu()
 
     def _sample(self, requests: Sequence[Request], profile: SamplerProfile) -> tuple[Generated, float]:
-        """The latents, on the CPU, and how long one step of the sampler took."""
+        """The latents, on the CPU, and how long one step of the sampler took.
+
+        The passes of guidance run together as far as the memory goes: of one clip for which it is too little, one by one.
+        """
+        try:
+            return self._generated(requests, profile, self.passes_at_once)
+        except torch.OutOfMemoryError:
+            if len(requests) > 1 or self.passes_at_once is not None:
+                raise
+            logger.warning("too little memory for the passes of guidance together, so they run one by one")
+        return self._generated(requests, profile, 1)
+
+    def _generated(
+        self, requests: Sequence[Request], profile: SamplerProfile, passes_at_once: int | None
+    ) -> tuple[Generated, float]:
         begin = time.perf_counter()
         on_device = generate(
             self.model,
@@ -220,7 +234,7 @@ class ClipMaker:
             device=self.device,
             dtype=self.dtype,
             keyframe_marker=self.keyframe_marker,
-            passes_at_once=self.passes_at_once,
+            passes_at_once=passes_at_once,
         )
         latents = Generated(*(None if x is None else x.cpu() for x in (on_device.video, on_device.audio)))
         return latents, (time.perf_counter() - begin) / profile.steps

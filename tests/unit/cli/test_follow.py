@@ -98,6 +98,14 @@ def test_every_checkpoint_is_evaluated_once_in_the_order_of_steps_until_the_run_
     assert order(capsys.readouterr().out) == [4], "a checkpoint that was written anew is another one"
 
 
+def test_what_has_its_files_is_left_and_told_of_once(run, capsys, quick):
+    write_json(heldout_path(run, 4), {"step": 4, "raw": {}})
+    assert followed(run) == 0
+    out = capsys.readouterr().out
+    assert order(out) == [2, 6]
+    assert re.findall(r"step (\d+)  measured before", out) == ["4"]
+
+
 def test_one_that_lags_may_take_the_newest_first(run, capsys, quick):
     assert followed(run, "--newest-first") == 0
     assert order(capsys.readouterr().out) == [6, 4, 2]

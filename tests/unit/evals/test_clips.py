@@ -13,6 +13,7 @@ from PIL import Image
 
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.codecs.residence import at_work
+from ltx2_train.diffusion.guidance import GuidanceConfig
 from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.distributed.lock import LOCK
 from ltx2_train.evals import clips as clips_module
@@ -195,6 +196,24 @@ def test_one_that_cannot_be_sampled_leaves_its_batch_alone(tmp_path, codecs, mon
     outcomes = [p.outcome for p in ClipMaker(to_zero, codecs, LongTexts(), tmp_path, device=CPU).make(batch)]
     assert sorted((o.where, o.state.value) for o in outcomes) == [("0", "made"), ("1", "failed"), ("2", "made")]
     assert told in next(o.detail for o in outcomes if o.state == State.failed)
+
+
+def test_passes_of_guidance_run_together_as_far_as_the_memory_goes(tmp_path, codecs, monkeypatch, caplog):
+    """A device that holds one pass of one clip: the clip is made all the same, as with --passes-at-once 1."""
+    guided = SamplerProfile(name="cfg", steps=2, schedule="shifted", video=GuidanceConfig(cfg=3.0))
+    rows = []
+
+    def small(video, audio, perturbations=None):
+        rows.append(len(video.latent))
+        if rows[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA")
+        return to_zero(video, audio)
+
+    clips = [dataclasses.replace(clip, profile=guided) for clip in planned(tmp_path, {}).clips]
+    maker = ClipMaker(small, codecs, EmptyTexts(), tmp_path, device=CPU)
+    [progress] = maker.make(Batch(tuple(clips)))
+    assert (progress.outcome.state, rows) == (State.made, [2, 1, 1, 1, 1]), "two passes in each of two steps"
+    assert "one by one" in caplog.text
 
 
 def test_a_given_sound_is_written_to_the_end_of_the_clip(tmp_path, codecs, media, latents):
