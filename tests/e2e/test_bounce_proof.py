@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ltx2_train.media.probe import probe
 from tests.proofs import bounce
 
 
@@ -21,7 +22,9 @@ def test_the_proof_runs_to_its_end_and_a_second_time_only_reads(tmp_path, monkey
     assert not set(figures["captions"]["heldout"]) & set(figures["captions"]["train"])
     page = (tmp_path / "docs" / "bounce.md").read_text()
     assert all(name in page for name in ("bounce/guidance.svg", "bounce/loss.svg", "bounce/joint-0.png"))
-    assert sum(f.stat().st_size for f in (tmp_path / "docs").rglob("*") if f.is_file()) < 500_000
+    film = probe(tmp_path / "docs" / "bounce" / "v2a-1.mp4")
+    assert (film.width, film.height, film.frames, film.has_audio) == (256, 256, 81, True)
+    assert sum(f.stat().st_size for f in (tmp_path / "docs").rglob("*") if f.is_file()) < 1_000_000
     monkeypatch.setattr(bounce, "measure", None)  # what is done stays done: nothing is sampled, no program starts
     monkeypatch.setattr(bounce.subprocess, "Popen", None)
     capsys.readouterr()

@@ -314,7 +314,7 @@ def need(tensor: Tensor | None) -> Tensor:
 def events(
     trained: "Trained", references: Sequence[Sample], video: Tensor, audio: Tensor, pictures: Path, shown: range
 ) -> Iterable[dict[str, Any]]:
-    """Key, caption, impacts and onsets (s) of each clip, decoded. Writes a picture of those that are `shown`."""
+    """Key, caption, impacts and onsets (s) of each clip, decoded. Writes those that are `shown`, as picture and film."""
     codecs = trained.components.codecs()
     for i, reference in enumerate(references):
         film = codecs.video.decode(video[i : i + 1])[0].clamp(-1, 1)
@@ -322,6 +322,7 @@ def events(
         seen, heard = impacts(film, reference.fps), waveform_onsets(waveform, codecs.audio.sample_rate)
         if i in shown:
             bounce_page.write_strip(pictures / f"{i}.png", film, waveform, reference.fps, seen, heard)
+            bounce_page.write_film(pictures / f"{i}.mp4", film, waveform, reference.fps, codecs.audio.sample_rate)
         times = {"impacts": [round(t, 4) for t in seen], "onsets": [round(t, 4) for t in heard]}
         yield {"key": reference.key, "caption": reference.caption, **times}
 

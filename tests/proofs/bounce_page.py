@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltx2_train.codecs.mel import LogMel
 from ltx2_train.media.video import to_frames
-from ltx2_train.media.write import write_png
+from ltx2_train.media.write import write_mp4, write_png
 
 Pixels = NDArray[np.uint8]
 
@@ -42,6 +42,12 @@ def write_strip(
             at = min(int(time / seconds * width), width - 2)
             ticks[rows, at : at + 2] = colour
     write_png(path, np.concatenate([frames, ticks, _mel_picture(waveform, width)], axis=0))
+
+
+def write_film(path: Path, film: Tensor, waveform: Tensor, fps: float, sample_rate: int) -> None:
+    """The clip itself, (3, F, H, W) with (2, N), four times as large so that players show its pixels."""
+    large = film.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    write_mp4(path, large, fps, waveform, sample_rate)
 
 
 def _mel_picture(waveform: Tensor, width: int) -> Pixels:
@@ -92,8 +98,9 @@ def write(directory: Path, figures: dict[str, Any], strips: dict[str, list[Path]
     pictures.mkdir(parents=True, exist_ok=True)
     for group, paths in strips.items():
         for i, path in enumerate(paths):
-            if path.exists():
-                shutil.copyfile(path, pictures / f"{group}-{i}.png")
+            for one in (path, path.with_suffix(".mp4")):
+                if one.exists():
+                    shutil.copyfile(one, pictures / f"{group}-{i}{one.suffix}")
     (pictures / "loss.svg").write_text(_loss_chart(figures["training"]))
     (pictures / "guidance.svg").write_text(_guidance_chart(figures["modality_guidance"]))
     text = "\n".join(
@@ -207,10 +214,11 @@ def _strips(strips: dict[str, list[Path]]) -> list[str]:
         "## Clips",
         "",
         "Ten frames over the sound, time from left to right; between them the impacts that were seen (yellow) and the",
-        "clicks that were heard (blue). The first held-out captions, not chosen.",
+        "clicks that were heard (blue). The first held-out captions, not chosen; each opens with sound.",
         "",
     ]
     for group, paths in strips.items():
         lines += [f"{ROWS.get(group, 'real held-out clips through the codec')}:", ""]
-        lines += [f"![{group} {i}](bounce/{group}-{i}.png)" for i, path in enumerate(paths) if path.exists()] + [""]
+        names = [f"bounce/{group}-{i}" for i, path in enumerate(paths) if path.exists()]
+        lines += [f"[![{name}]({name}.png)]({name}.mp4)" for name in names] + [""]
     return lines
