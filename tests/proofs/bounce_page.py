@@ -219,6 +219,6 @@ def _strips(strips: dict[str, list[Path]]) -> list[str]:
     ]
     for group, paths in strips.items():
         lines += [f"{ROWS.get(group, 'real held-out clips through the codec')}:", ""]
-        names = [f"bounce/{group}-{i}" for i, path in enumerate(paths) if path.exists()]
-        lines += [f"[![{name}]({name}.png)]({name}.mp4)" for name in names] + [""]
+        shown = [i for i, path in enumerate(paths) if path.exists()]
+        lines += [f"[![{group} {i}](bounce/{group}-{i}.png)](bounce/{group}-{i}.mp4)" for i in shown] + [""]
     return lines
