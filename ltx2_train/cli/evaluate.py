@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tolerance-ms", type=float, metavar="MS", help="of sound and picture (as in the run, or 80)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which are sampled (ema)")
-    p.add_argument("--profile", metavar="NAME", help="sampler profile (the one stored with the run)")
+    profile = "sampler profile, by name or a .yaml file of your own (the one stored with the run)"
+    p.add_argument("--profile", metavar="NAME", help=profile)
     p.add_argument("--base", type=Path, metavar="PATH", help="the released weights the run started from (as it says)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (RUN/evals, samples in samples-STEP)")
     p.add_argument("--follow", action="store_true", help="evaluate every checkpoint until the run has ended")
@@ -166,12 +167,15 @@ def _check_places(tasks: Sequence[_Task], trained: "Trained") -> None:
 
 def _tasks(options: argparse.Namespace, place: Path, trained: "Trained", world: "World") -> "list[_Task]":
     """One per held-out dataset of the run; --data is the only one where given. `place`: --out, or the run directory."""
+    from ltx2_train.diffusion.profiles import check_fits
     from ltx2_train.errors import ConfigError
 
     locations = [options.data] if options.data else trained.job.evaluation.datasets
     if not locations:
         raise ConfigError("the run names no held-out dataset (evaluation.datasets is empty); give --data DIR")
     samples = _samples_config(options, trained.job.evaluation.samples)
+    if samples is not None:
+        check_fits(trained.profile, trained.fit)
     tasks = []
     for i, location in enumerate(locations):
         dataset = _dataset(location, trained)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx2_train.cli.components import Components, ComponentsConfig, resolved
-from ltx2_train.diffusion.profiles import SamplerProfile, profile
+from ltx2_train.diffusion.profiles import Fit, SamplerProfile, profile
 from ltx2_train.errors import ConfigError
 from ltx2_train.model import fuse_lora
 from ltx2_train.model.build import ModelConfig, build_model, initial_weights, transformer_config
@@ -33,18 +33,14 @@ class Released:
     device: torch.device
     dtype: torch.dtype
     title: str
-    generation: str
-    """ "2.0", "2.3", "2.5", or "unknown"."""
+    fit: Fit
+    """What sampler profiles are held against."""
     keyframe_marker: bool
     size: dict[str, Any]
     """Frames, width, height and fps of a clip where they are not given."""
 
     streams: frozenset[Stream] = frozenset(Stream)
     """What the model has, and makes."""
-
-    @property
-    def built(self) -> frozenset[Stream]:
-        return self.streams
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -88,7 +84,7 @@ def load_released(
         device=device,
         dtype=dtype,
         title=f"LTX-{generation} of {weights.name}" + "".join(f" + {path.name} x {s:g}" for path, s in loras),
-        generation=generation,
+        fit=Fit(generation, frozenset(Stream), architecture.num_layers),
         keyframe_marker=architecture.use_keyframes_abs_pos_embedding,
         size=dict(SIZE),
     )

@@ -14,13 +14,12 @@ from ltx2_train.cli.components import Components, ComponentsConfig, resolved
 from ltx2_train.cli.follow import HELD
 from ltx2_train.cli.provenance import check_base
 from ltx2_train.cli.schema import TrainJob, job_from_text, plain
-from ltx2_train.cli.train import build
+from ltx2_train.cli.train import build, fit_of
 from ltx2_train.data.datasets import PROVENANCE
-from ltx2_train.diffusion.profiles import SamplerProfile, profile
+from ltx2_train.diffusion.profiles import Fit, SamplerProfile, profile
 from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.model.build import initial_weights, transformer_config
-from ltx2_train.model.generation import UNKNOWN, generation_of
 from ltx2_train.model.modality import Stream
 from ltx2_train.train.checkpoint import CONFIG, MANIFEST, checkpoint_directory, newest_complete, read_manifest, verify
 
@@ -69,15 +68,9 @@ class Trained:
         return self.job.sampled_streams
 
     @property
-    def built(self) -> frozenset[Stream]:
-        """The streams that the model has."""
-        return frozenset(self.job.model.streams)
-
-    @property
-    def generation(self) -> str:
-        """ "2.0", "2.3" or "2.5" of a run that started from released weights; from scratch no profile is amiss."""
-        start = self.job.model.weights
-        return UNKNOWN if start is None else generation_of(transformer_config(self.job.model))
+    def fit(self) -> Fit:
+        """What sampler profiles are held against."""
+        return fit_of(self.job, transformer_config(self.job.model))
 
     @property
     def identity(self) -> dict[str, Any]:

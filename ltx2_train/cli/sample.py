@@ -110,7 +110,8 @@ def _add_request_options(p: argparse.ArgumentParser) -> None:
     fit = "cut the clip to the given sound or picture where that is shorter"
     g.add_argument("--fit", action="store_true", default=None, help=fit)
     g.add_argument("--no-audio", action="store_true", default=None, dest="silent", help="a silent clip")
-    g.add_argument("--profile", metavar="NAME", help="sampler profile (the one stored with the run)")
+    profile = "sampler profile, by name or a .yaml file of your own (the one stored with the run)"
+    g.add_argument("--profile", metavar="NAME", help=profile)
     g.add_argument(
         "--steps", type=int, metavar="N", help="sampler steps (those of the profile); heun, res_2s: two calls each"
     )
@@ -394,11 +395,10 @@ def _profile(request: "ClipRequest", source: "Trained | Released") -> "SamplerPr
     """The profile of a request: its own, or that of the model, with its own number of steps."""
     from dataclasses import replace
 
-    from ltx2_train.diffusion.profiles import check_generation, check_streams, profile
+    from ltx2_train.diffusion.profiles import check_fits, profile
 
     chosen = source.profile if request.profile is None else profile(request.profile)
-    check_generation(chosen, source.generation)
-    check_streams(chosen, source.built)
+    check_fits(chosen, source.fit)
     return chosen if request.steps is None else replace(chosen, steps=request.steps)
 
 

@@ -88,7 +88,7 @@ class EvaluationConfig:
     samples: SamplesConfig | None = field(default_factory=SamplesConfig)
     """Clips sampled from held-out captions. null: none are."""
     profile: str = "demo"
-    """Sampler profile; it is stored with every checkpoint, and ltx2-sample uses it."""
+    """Sampler profile, by name or a .yaml file of your own; it is stored with every checkpoint, and ltx2-sample uses it."""
 
 
 @dataclass(kw_only=True, slots=True)

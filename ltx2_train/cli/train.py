@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ltx2_train.batch import Batch
     from ltx2_train.cli.schema import TrainJob
     from ltx2_train.data.datasets import LatentDataset
+    from ltx2_train.diffusion.profiles import Fit
     from ltx2_train.distributed.engine import Engine
     from ltx2_train.distributed.world import World
     from ltx2_train.model.config import TransformerConfig
@@ -148,7 +149,7 @@ def build_trainer(
     check_streams(job)
     settle_places(job)
     config = agreed(world, lambda: transformer_config(job.model))
-    check_profile(job, config)
+    agreed(world, lambda: check_profile(job, config))
     datasets, heldout = agreed(world, lambda: open_datasets(job, config))
     manifest = datasets[0].manifest
     made_with = {name: getattr(manifest, name) for name in PROVENANCE}
@@ -247,11 +248,15 @@ def ended_by(run_dir: Path, world: "World") -> str:
 
 
 def settle_places(job: "TrainJob") -> None:
-    """Makes the places of weights absolute: what the run records of them holds in any working directory."""
+    """Makes the places of files absolute: what the run records of them holds in any working directory."""
+    from ltx2_train.diffusion.profiles import is_file
+
     if job.model.weights is not None:
         job.model.weights = str(Path(job.model.weights).absolute())
     if job.lora is not None and job.lora.weights is not None:
         job.lora.weights = str(Path(job.lora.weights).absolute())
+    if is_file(job.evaluation.profile):
+        job.evaluation.profile = str(Path(job.evaluation.profile).absolute())
 
 
 def base_fingerprint(job: "TrainJob") -> str | None:
@@ -289,15 +294,24 @@ def check_streams(job: "TrainJob") -> None:
         )
 
 
+def fit_of(job: "TrainJob", config: "TransformerConfig") -> "Fit":
+    """What sampler profiles are held against: of a run from scratch, any generation."""
+    from ltx2_train.diffusion.profiles import Fit
+    from ltx2_train.model.generation import UNKNOWN, generation_of
+
+    generation = UNKNOWN if job.model.weights is None else generation_of(config)
+    return Fit(generation, job.sampled_streams, config.num_layers)
+
+
 def check_profile(job: "TrainJob", config: "TransformerConfig") -> None:
     """Raises `ConfigError` for a sampler profile that the model cannot be sampled with."""
-    from ltx2_train.diffusion.profiles import check_generation, check_streams, profile
-    from ltx2_train.model.generation import generation_of
+    from ltx2_train.diffusion.profiles import check_fits, profile
+    from ltx2_train.errors import ConfigError
 
-    chosen = profile(job.evaluation.profile)
-    check_streams(chosen, frozenset(job.model.streams))
-    if job.model.weights is not None:
-        check_generation(chosen, generation_of(config))
+    try:
+        check_fits(profile(job.evaluation.profile), fit_of(job, config))
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.profile: {error}") from error
 
 
 def open_datasets(job: "TrainJob", config: "TransformerConfig") -> "tuple[list[LatentDataset], list[LatentDataset]]":

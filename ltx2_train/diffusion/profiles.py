@@ -1,9 +1,9 @@
 """Sampler profiles: everything that decides how a model is sampled, under one name that goes into the checkpoint."""
 
-from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -196,13 +196,31 @@ def _plain(value: Any) -> Any:
 
 
 def _from_fields(owner: type, plain: dict[str, Any], name: str) -> Any:
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{name}={plain!r}: must be a mapping of its fields")
     known = {f.name for f in fields(owner)}
     if unknown := set(plain) - known:
         raise ConfigError(f"{name}: unknown fields {sorted(unknown)}; known are {sorted(known)}")
+    hints = get_type_hints(owner)
+    for key, value in plain.items():
+        if not _is_of(value, hints[key]):
+            kind = hints[key].__name__ if isinstance(hints[key], type) and not get_args(hints[key]) else hints[key]
+            raise ConfigError(f"{name}: {key}={value!r} is not of its kind, {kind}")
     try:
         return owner(**plain)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a plain value may stand in a field of that type."""
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(one, get_args(hint)[0]) for one in value)
+    if options := get_args(hint):
+        return any(_is_of(value, option) for option in options)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, str if issubclass(hint, StrEnum) else hint)
 
 
 GENERATIONS = ["2.0", "2.3", "2.5"]
@@ -265,42 +283,91 @@ PROFILES: dict[str, SamplerProfile] = {
 }
 
 
+FILES = (".yaml", ".yml", ".json")
+
+
+def is_file(name: str) -> bool:
+    """Whether a profile is named by the place of a file."""
+    return name.endswith(FILES)
+
+
 def profile(name: str) -> SamplerProfile:
-    """A copy of the profile of that name. Raises `ConfigError` naming the known ones."""
+    """A copy of the profile of that name, or what a file says (`is_file`). Raises `ConfigError`."""
+    if is_file(name):
+        return _read(Path(name))
     if name not in PROFILES:
-        raise ConfigError(f"sampler profile {name!r}: not known; choose one of {', '.join(PROFILES)}")
+        raise ConfigError(
+            f"sampler profile {name!r}: not known; choose one of {', '.join(PROFILES)}, or name a file "
+            f"({', '.join(FILES)}) with one of your own"
+        )
     return SamplerProfile.from_dict(PROFILES[name].to_dict())
 
 
-def check_generation(chosen_profile: SamplerProfile, generation: str) -> None:
-    """Raises `ConfigError` when the profile is made for other generations than `generation` ("2.0", "2.3", "2.5").
+def _read(path: Path) -> SamplerProfile:
+    """A profile from a file with its fields, beside those of `base` if that names one. It is called as the file is."""
+    import yaml
 
-    The error names the profiles that fit. A model of no known generation may be sampled with any.
-    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"sampler profile {path}: cannot be read ({error}). Name a YAML file with its fields"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"sampler profile {path}: no mapping. Write fields such as `steps: 20`, or `base: NAME` first"
+        )
+    try:
+        return SamplerProfile.from_dict(_filled(found, path.stem))
+    except ConfigError as error:
+        raise ConfigError(f"sampler profile {path}: {error}") from error
+
+
+def _filled(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a file says, with the fields of its base, and as many steps as its own sigmas have."""
+    base, sigmas = found.get("base"), found.get("custom_sigmas")
+    plain = {} if base is None else profile(str(base)).to_dict()
+    plain["name"] = name
+    if isinstance(sigmas, list):
+        plain |= {"schedule": "custom", "steps": len(sigmas) - 1}
+    for key, value in found.items():
+        if key != "base":
+            both = isinstance(value, dict) and isinstance(plain.get(key), dict)
+            plain[key] = plain[key] | value if both else value
+    return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a model is, as far as a profile has to fit it."""
+
+    generation: str
+    """ "2.0", "2.3" or "2.5"; one of no known generation may be sampled with any profile."""
+    streams: frozenset[Stream]
+    """What it makes."""
+    blocks: int
+    """Of the transformer."""
+
+
+def check_fits(chosen_profile: SamplerProfile, model: Fit) -> None:
+    """Raises `ConfigError` for a profile that the model cannot be sampled with as it says. It names those that fit."""
+    if (reason := _misfit(chosen_profile, model)) is None:
+        return
+    fitting = [p.name for p in PROFILES.values() if _misfit(p, model) is None]
+    raise ConfigError(
+        f"sampler profile {chosen_profile.name}: {reason}; choose one of {', '.join(fitting)}, or write one of your own"
+    )
+
+
+def _misfit(chosen_profile: SamplerProfile, model: Fit) -> str | None:
+    """Why the model cannot be sampled so; None: it can."""
     made_for = chosen_profile.generations
-    if not made_for or generation in made_for or generation not in GENERATIONS:
-        return
-    fitting = [p.name for p in PROFILES.values() if generation in p.generations or not p.generations]
-    raise ConfigError(
-        f"sampler profile {chosen_profile.name}: made for LTX-{' and '.join(made_for)}, and this model is of generation "
-        f"{generation}; choose one of {', '.join(fitting)}"
-    )
-
-
-def check_streams(chosen_profile: SamplerProfile, streams: AbstractSet[Stream]) -> None:
-    """Raises `ConfigError` when the profile guides the only stream of a model by another one. It names those that fit."""
-    if len(streams) > 1:
-        return
-    [stream] = streams
-    guidance = guidance_of(chosen_profile, stream)
-    if not guidance.modality_weight:
-        return
-    fitting = [p.name for p in PROFILES.values() if not guidance_of(p, stream).modality_weight]
-    raise ConfigError(
-        f"sampler profile {chosen_profile.name}: guides {stream} by the other stream (modality {guidance.modality:g}), and "
-        f"this model has {stream} alone; choose one of {', '.join(fitting)}"
-    )
-
-
-def guidance_of(chosen_profile: SamplerProfile, stream: Stream) -> GuidanceConfig:
-    return chosen_profile.video if stream is Stream.video else chosen_profile.audio
+    if made_for and model.generation in GENERATIONS and model.generation not in made_for:
+        return f"made for LTX-{' and '.join(made_for)}, and this model is of generation {model.generation}"
+    for stream in sorted(model.streams):
+        guidance = chosen_profile.video if stream is Stream.video else chosen_profile.audio
+        if guidance.modality_weight and len(model.streams) == 1:
+            return f"guides {stream} by the other stream (modality {guidance.modality:g}), and this model has {stream} alone"
+        if guidance.stg and (beyond := [block for block in guidance.stg_blocks if block >= model.blocks]):
+            return f"skips the self-attention of block {beyond[0]}, and this model has blocks 0 to {model.blocks - 1}"
+    return None

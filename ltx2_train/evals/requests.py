@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2_train.diffusion.choice import chosen
+from ltx2_train.diffusion.profiles import is_file
 from ltx2_train.errors import ConfigError
 
 SIZES = ("frames", "width", "height", "fps")
@@ -63,7 +64,7 @@ class ClipRequest:
     fit: bool = False
     """Cut the frames to what `audio` or `video` have, where that is less."""
     profile: str | None = None
-    """Sampler profile; None: that of the model."""
+    """Sampler profile, by name or the place of a .yaml file; None: that of the model."""
     steps: int | None = None
     """Steps of the sampler; None: those of the profile."""
     format: list[str] | None = None
@@ -255,10 +256,14 @@ def _suiting(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 
 def _placed(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The fields with files relative to a folder, and formats between commas as a list."""
-    placed = {n: str(folder / v) if n in MEDIA and isinstance(v, str) else v for n, v in given.items()}
+    placed = {n: str(folder / v) if _is_place(n, v) else v for n, v in given.items()}
     if isinstance(placed.get("format"), str):
         placed["format"] = split_formats(placed["format"])
     return placed
+
+
+def _is_place(name: str, value: Any) -> bool:
+    return isinstance(value, str) and (name in MEDIA or (name == "profile" and is_file(value)))
 
 
 def split_formats(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from ltx2_train.cli import evaluate, runs, sample
 from ltx2_train.cli.components import Components, ComponentsConfig
-from ltx2_train.diffusion.profiles import profile
+from ltx2_train.diffusion.profiles import Fit, profile
 from ltx2_train.distributed.world import World
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.evals import clips
@@ -208,11 +208,31 @@ def test_a_run_that_trains_one_stream_samples_that_alone(tmp_path, capsys, built
     capsys.readouterr()
     assert sample.main([str(run), "--prompt", "b", "--format", other, "--out", str(tmp_path)]) == sample.EXIT_NONE
     assert f"format={other}: this model was trained to make {trained} alone" in capsys.readouterr().err
-    if built == f"[{trained}]":  # nothing in it that could guide
-        assert sample.main([str(run), "--prompt", "b", "--profile", "hq", "--out", str(tmp_path)]) == sample.EXIT_NONE
-        assert f"hq: guides {trained} by the other stream" in capsys.readouterr().err
-        assert ltx2_train(*SMALL, *places, *evaluation, "evaluation.profile=hq") != 0
-        assert f"hq: guides {trained} by the other stream" in capsys.readouterr().err
+    refused = f"hq: guides {trained} by the other stream"
+    assert sample.main([str(run), "--prompt", "b", "--profile", "hq", "--out", str(tmp_path)]) == sample.EXIT_NONE
+    assert refused in capsys.readouterr().err
+    assert evaluate.main([str(run), "--samples", "1", "--profile", "hq", "--out", str(tmp_path / "hq")]) == 2
+    assert refused in capsys.readouterr().err
+    assert ltx2_train(*SMALL, *places, *evaluation, "evaluation.profile=hq") != 0
+    assert f"evaluation.profile: sampler profile {refused}" in capsys.readouterr().err
+
+
+def test_a_profile_of_ones_own_goes_from_training_to_the_clip(tmp_path, monkeypatch):
+    """By its place from where the program is called, or beside the file of requests; the run keeps its contents."""
+    data, run = small_dataset(tmp_path / "latents", 8, text_encoder="hashed-1"), tmp_path / "run"
+    (tmp_path / "mine.yaml").write_text("base: demo\nsteps: 3\n")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "sigmas.yaml").write_text("custom_sigmas: [1, 0.5, 0]\n")
+    monkeypatch.chdir(tmp_path)
+    places = (f"data.datasets.0.path={data}", f"train.run_dir={run}", "evaluation.profile=mine.yaml")
+    assert ltx2_train(*SMALL, *places, "train.max_steps=1", "train.save_every=1", "evaluation.samples=null") == 0
+    (tmp_path / "mine.yaml").unlink()
+    requests = tmp_path / "list" / "all.jsonl"
+    requests.write_text('{"prompt": "a"}\n{"prompt": "b", "profile": "sigmas.yaml"}\n')
+    assert sample.main([str(run), "--requests", str(requests), "--out", str(tmp_path / "out")]) == 0
+    mine, custom = (json.loads((tmp_path / "out" / f"{name}-0.json").read_text())["profile"] for name in "ab")
+    assert (mine["name"], mine["steps"], mine["video"]["cfg"]) == ("mine", 3, 2.0)
+    assert (custom["name"], custom["custom_sigmas"]) == ("sigmas", [1, 0.5, 0])
 
 
 @pytest.mark.parametrize(
@@ -242,7 +262,7 @@ def test_a_run_that_has_not_saved_is_named(run, tmp_path, capsys):
     assert f"{tmp_path} has no complete checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "fitting"), [("ltx2_2.0", "ltx2_2.3"), ("distilled_2.5", "distilled_2.3")])
+@pytest.mark.parametrize(("name", "fitting"), [("ltx2_2.0", "hq"), ("distilled_2.5", "distilled_2.3")])
 def test_a_profile_of_another_generation_is_refused(tmp_path, name, fitting, capsys):
     release = write_release(tmp_path, "2.3")
     arguments = [str(release.transformer), "--prompt", "a", *CLIP, "--profile", name]
@@ -351,8 +371,8 @@ class Encoder:
 class Source:
     """Stands for a run, and for what lies around its model."""
 
-    title, profile, keyframe_marker, dtype, generation = "it", profile("demo"), False, torch.float32, "unknown"
-    identity, streams, built = {}, frozenset(Stream), frozenset(Stream)
+    title, profile, keyframe_marker, dtype = "it", profile("demo"), False, torch.float32
+    identity, streams, fit = {}, frozenset(Stream), Fit("unknown", frozenset(Stream), 2)
 
     def __init__(self) -> None:
         self.components = self

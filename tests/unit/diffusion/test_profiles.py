@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ltx2_train.diffusion.guidance import GuidanceConfig
-from ltx2_train.diffusion.profiles import PROFILES, SamplerProfile, check_generation, check_streams, profile
+from ltx2_train.diffusion.profiles import PROFILES, Fit, SamplerProfile, check_fits, profile
 from ltx2_train.diffusion.sampler import Sampler, SamplerSettings
 from ltx2_train.diffusion.sigmas import (
     DISTILLED,
@@ -155,17 +155,22 @@ def test_errors_name_what_is_known():
         SamplerProfile.from_dict({"steps": 3})
 
 
+def model(generation="2.5", streams=frozenset(Stream), blocks=48) -> Fit:
+    return Fit(generation, frozenset(streams), blocks)
+
+
 def test_a_profile_of_another_generation_is_refused_with_those_that_fit():
     with pytest.raises(
-        ConfigError, match=r"ltx2_2\.0.*is of generation 2\.3.*ltx2_2\.3, hq, distilled_2\.3, diffusers, demo"
+        ConfigError,
+        match=r"ltx2_2\.0.*is of generation 2\.3.*choose one of ltx2_2\.3, hq, distilled_2\.3, diffusers, demo,",
     ):
-        check_generation(profile("ltx2_2.0"), "2.3")
-    with pytest.raises(ConfigError, match=r"distilled_2\.5, diffusers, demo$"):
-        check_generation(profile("distilled_2.3"), "2.5")
+        check_fits(profile("ltx2_2.0"), model("2.3"))
+    with pytest.raises(ConfigError, match=r"distilled_2\.5, diffusers, demo,"):
+        check_fits(profile("distilled_2.3"), model("2.5"))
     for generation in ("2.0", "2.3", "2.5"):
         for name in (f"ltx2_{generation}", f"distilled_{generation}", "hq", "diffusers", "demo"):
-            check_generation(profile(name), generation)
-    check_generation(profile("ltx2_2.0"), "unknown")  # a mixture: whoever names a profile knows better
+            check_fits(profile(name), model(generation))
+    check_fits(profile("ltx2_2.0"), model("unknown"))  # a mixture: whoever names a profile knows better
 
 
 def test_a_model_of_one_stream_is_not_guided_by_another():
@@ -173,6 +178,64 @@ def test_a_model_of_one_stream_is_not_guided_by_another():
         with pytest.raises(
             ConfigError, match=rf"hq: guides {stream} by the other stream \(modality 3\).*choose one of.*demo"
         ):
-            check_streams(profile("hq"), {stream})
-        check_streams(profile("demo"), {stream})
-    check_streams(profile("hq"), set(Stream))
+            check_fits(profile("hq"), model(streams={stream}))
+        check_fits(profile("demo"), model(streams={stream}))
+    check_fits(profile("hq"), model())
+
+
+def test_blocks_that_a_model_has_not_cannot_be_skipped():
+    """And what is advised instead fits: of two profiles of its generation, the one that skips nothing."""
+    with pytest.raises(
+        ConfigError, match=r"block 28, and this model has blocks 0 to 27; choose one of hq, distilled_2\.5"
+    ):
+        check_fits(profile("ltx2_2.5"), model(blocks=28))
+    check_fits(profile("ltx2_2.5"), model(blocks=29))
+    off = SamplerProfile(name="off", video=GuidanceConfig(stg_blocks=[28]))
+    check_fits(off, model(blocks=4))
+
+
+def written(folder, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_profile_of_ones_own_comes_from_a_file(tmp_path):
+    text = "base: ltx2_2.3\nsteps: 12\nvideo: {cfg: 4.5, text: apg}\nsettings: {gamma: 1.5}\nsampler: gradient_estimating\n"
+    mine, base = profile(written(tmp_path, text)), profile("ltx2_2.3")
+    assert (mine.name, mine.steps, mine.generations) == ("mine", 12, ["2.3"])
+    assert mine.video == replace(base.video, cfg=4.5, text="apg"), "what is not said is as in the base"
+    assert mine.audio == base.audio
+    assert SamplerProfile.from_dict(mine.to_dict()) == mine
+
+
+def test_sigmas_of_ones_own_are_as_many_steps_as_they_say(tmp_path):
+    mine = profile(written(tmp_path, "custom_sigmas: [1.0, 0.6, 0.25, 0]\n"))
+    assert mine.steps == 3
+    assert mine.sigmas(1).tolist() == pytest.approx([1.0, 0.6, 0.25, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("custom_sigmas: [1.0, 0.5, 0.7, 0]", "0.5 is followed by 0.7"),
+        ("custom_sigmas: [1.0, half, 0]", r"custom_sigmas=.*half.*list\[float\]"),
+        ("steps: ten", "steps='ten' is not of its kind, int"),
+        ("steps: 2.5", "steps=2.5"),
+        ("steps: true", "steps=True"),
+        ("steps: 0", "steps=0: must be >= 1"),
+        ("video: {cfg: '3'}", r"video: cfg='3' is not of its kind, float \| None"),
+        ("sampler: rk4", "rk4.*euler"),
+        ("step: 20", "unknown fields.*step.*known are"),
+        ("video: {cgf: 3}", "video: unknown fields.*cgf"),
+        ("video: 3", "video=3: must be a mapping"),
+        ("base: ltx_2", "'ltx_2': not known; choose one of"),
+        ("- steps", "no mapping"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_named_with_what_is_wrong(tmp_path, text, told):
+    with pytest.raises(ConfigError, match=rf"mine\.yaml.*{told}"):
+        profile(written(tmp_path, text))
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        profile(str(tmp_path / "none.yaml"))
