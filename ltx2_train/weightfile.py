@@ -271,7 +271,12 @@ def _only_entry(folder: Path) -> Path:
         if found:
             names = ", ".join(file.name for file in found[:5])
             raise CheckpointError(f"{folder}: {len(found)} candidates ({names}); name the file that is meant")
-    raise CheckpointError(f"{folder}: no safetensors file in it")
+    if folder.parent.name == "checkpoints" or (folder / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{folder}: what a run saves, not weights. Make a file of it and name that: ltx2-export {folder} "
+            "--to transformer --out FILE.safetensors (--to lora for the adapters of a LoRA alone)"
+        )
+    raise CheckpointError(f"{folder}: no safetensors file in it. Name the file or folder that holds the weights")
 
 
 def _open_index(path: Path) -> WeightFile:
@@ -338,7 +343,8 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
         with path.open("rb") as file:
             yield file
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read ({reason}). Correct its path or its permissions") from error
 
 
 def _entry(path: Path, key: str, entry: dict[str, Any], base: int) -> FileTensor:

@@ -47,6 +47,13 @@ examples:
 
 
 EXIT_INTERRUPTED = 130
+# The options that set what a measurement is of, by its names in the files.
+HELDOUT_OPTIONS = {"clips": "--clips"}
+SAMPLES_OPTIONS = {
+    "clips": "--samples",
+    "tolerance_ms": "--tolerance-ms",
+    **{name: f"--{name}" for name in ("seed", "seeds", "profile", "weights")},
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,11 +165,12 @@ def _check_places(tasks: Sequence[_Task], trained: "Trained") -> None:
 
     for task in tasks:
         if task.heldout_path.exists():
-            check_same(task.heldout_path, heldout_of(read_contents(task.heldout_path)), task.heldout.identity)
+            there = heldout_of(read_contents(task.heldout_path))
+            check_same(task.heldout_path, there, task.heldout.identity, HELDOUT_OPTIONS)
         path = task.samples_directory / "samples.json"
         if task.samples is not None and path.exists():
             here = samples_identity(task.dataset, trained.profile, trained.streams, task.samples, trained.weights)
-            check_same(path, samples_of(read_contents(path)), here)
+            check_same(path, samples_of(read_contents(path)), here, SAMPLES_OPTIONS)
 
 
 def _tasks(options: argparse.Namespace, place: Path, trained: "Trained", world: "World") -> "list[_Task]":
@@ -316,15 +324,22 @@ def _sync_line(name: str, figures: dict[str, Any]) -> str:
 
 
 def metrics_table(metrics: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """A line per metric: sampled, real, unit, clips, and what is to be said about the figure."""
+    """A line per metric: sampled, real, unit, clips, and what is to be said about the figure; of several once, below."""
+    noted: dict[str, list[str]] = {}
+    for name, found in metrics.items():
+        noted.setdefault(found["sampled"]["note"], []).append(name)
     rows = [("", "sampled", "real", "unit", "clips", "")]
     for name, found in metrics.items():
-        sampled = found["sampled"]
+        sampled, note = found["sampled"], found["sampled"]["note"]
         real = _figure(found["real"], 3) if "real" in found else ""
-        rows.append((name, _figure(sampled, 3), real, found["unit"], str(sampled["count"]), sampled["note"]))
+        own = note if len(noted[note]) == 1 else ""
+        rows.append((name, _figure(sampled, 3), real, found["unit"], str(sampled["count"]), own))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows if metrics else []:
         yield ("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+    for note, names in noted.items():
+        if note and len(names) > 1:
+            yield f"  {note}" + ("" if len(names) == len(metrics) else f" ({', '.join(names)})")
 
 
 def _figure(estimate: dict[str, Any], digits: int) -> str:

@@ -52,7 +52,8 @@ def follow(options: argparse.Namespace, world: "World", evaluate: Evaluate) -> I
     run, taken = options.run, f"{options.run}: another job follows it ({{holder}}). Wait for its end or stop it"
     with Signals(insisting=ASKING) as signals:
         if not _all_see(run / CONFIG_NAME, world):
-            yield f"waits for {run / CONFIG_NAME}, which ltx2-train writes"
+            lacking = "" if _all_see(run, world) else f"; {run} itself is not there (is the path right?)"
+            yield f"waits for {run / CONFIG_NAME}, which ltx2-train writes{lacking}"
         while not _all_see(run / CONFIG_NAME, world):
             if _told(signals, world):
                 return

@@ -21,7 +21,15 @@ from ltx2_train.distributed.saved import saved_weights
 from ltx2_train.errors import CheckpointError, ConfigError
 from ltx2_train.model.build import initial_weights, transformer_config
 from ltx2_train.model.modality import Stream
-from ltx2_train.train.checkpoint import CONFIG, MANIFEST, checkpoint_directory, newest_complete, read_manifest, verify
+from ltx2_train.train.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    all_checkpoints,
+    checkpoint_directory,
+    newest_complete,
+    read_manifest,
+    verify,
+)
 
 WEIGHTS = ("ema", "raw")
 
@@ -93,12 +101,24 @@ def find_checkpoint(directory: Path) -> Path:
     """
     if (directory / MANIFEST).exists():
         return directory
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(f"{directory} {what}. Give a run directory of ltx2-train, or one checkpoint of it")
     found = newest_complete(directory)
     if found is None:
-        raise CheckpointError(
-            f"{directory} has no complete checkpoint. Give a run directory of ltx2-train that has saved at least once"
-        )
+        raise CheckpointError(f"{directory} has no complete checkpoint{_reason(len(all_checkpoints(directory)))}")
     return found
+
+
+def _reason(saved: int) -> str:
+    """Why a run has no complete checkpoint though it has `saved` some, and what to do."""
+    if not saved:
+        return ". Give a run directory of ltx2-train that has saved at least once"
+    all_of_them = "the only one is" if saved == 1 else f"all {saved} are"
+    return (
+        f": {all_of_them} damaged or incomplete (messages above). Copy the run again or restore it from a backup; where "
+        "there is none, train anew in another run directory"
+    )
 
 
 def run_directory(path: Path) -> Path:

@@ -82,13 +82,13 @@ def read_given(clip: Clip) -> Given:
     request, size = clip.request, (clip.request.width, clip.request.height)
     return Given(
         image=None if request.image is None else _first_frame(request.image, request.image_crf, size),
-        video=None if request.video is None else _pictures(request.video, clip.frames, clip.fps, size),
+        video=None if request.video is None else _pictures("video", request.video, clip.frames, clip.fps, size),
         sound=None if request.audio is None else _sound(request.audio, max(clip.seconds, _heard_seconds(clip))),
     )
 
 
 def _first_frame(path: str, crf: int | None, size: Any) -> Tensor:
-    pixels = _pictures(path, 1, None, size)
+    pixels = _pictures("image", path, 1, None, size)
     if crf is None:
         return pixels
     with TemporaryDirectory() as folder:
@@ -97,13 +97,13 @@ def _first_frame(path: str, crf: int | None, size: Any) -> Tensor:
         return read_video(film)[0]
 
 
-def _pictures(path: str, frames: int, fps: float | None, size: Any) -> Tensor:
-    with VideoFile(path) as file:
+def _pictures(field: str, path: str, frames: int, fps: float | None, size: Any) -> Tensor:
+    with VideoFile(path, name=f"{field}={path}") as file:
         return to_tensor(file.frames(0.0, frames, file.info.fps if fps is None else fps, size))
 
 
 def _sound(path: str, seconds: float) -> Sound:
-    waveform, rate = read_audio(path, duration=seconds)
+    waveform, rate = read_audio(path, duration=seconds, name=f"audio={path}")
     return Sound(to_stereo(waveform), rate)
 
 
@@ -256,7 +256,7 @@ class ClipMaker:
                 **self.told,
             }
             settle(self.directory, clip, folder, receipt)
-        return Outcome(clip.where, clip.name, State.made, str(self.directory / clip.files[0]))
+        return Outcome(clip.where, clip.name, State.made, clip.told(self.directory))
 
     def _decoded(self, clip: Clip, given: Given, latents: Generated, row: int) -> tuple[Frames | None, Sound | None]:
         """Pictures and sound of a clip. What is given is written as it came, not as the codec shows it."""

@@ -11,6 +11,8 @@ from ltx2_train.errors import ConfigError, DataError
 
 Identity = Mapping[str, Any]  # plain values, as they come back from a JSON file
 UNKNOWN = "unknown"  # of a file without an identity: what can still be told from its contents stands beside it
+DIGESTS = {"data": "other data", "keys": "other clips", "profile_settings": "other settings of the sampler profile"}
+IMPLIED_BY = {"keys": {"data", "clips"}, "profile_settings": {"profile"}}  # what differs anyhow where one of these does
 
 
 def digest(values: Any) -> str:
@@ -51,19 +53,38 @@ def differences(first: Identity, other: Identity) -> str:
     """In words, what `other` has instead of what `first` has."""
     if first.get(UNKNOWN, False) != other.get(UNKNOWN, False):
         return "one does not say what it was measured on: an earlier version wrote it"
+    names = _differing(first, other)
+    return ", ".join(DIGESTS.get(n, f"{n} {other.get(n)} instead of {first.get(n)}") for n in names)
+
+
+def _differing(first: Identity, other: Identity) -> list[str]:
+    """What is not the same in both, without what follows from the rest of it."""
     names = [name for name in dict.fromkeys([*first, *other]) if first.get(name) != other.get(name)]
-    return ", ".join(f"{name} {other.get(name)} instead of {first.get(name)}" for name in names)
+    return [name for name in names if not IMPLIED_BY.get(name, set()) & set(names)]
 
 
-def check_same(path: Path, there: Identity, here: Identity) -> None:
-    """Raises `ConfigError` where the file at `path`, which is of `there`, would be replaced by one of `here`."""
+def check_same(path: Path, there: Identity, here: Identity, options: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where the file at `path`, which is of `there`, would be replaced by one of `here`.
+
+    `options`: those of the program by the name of what they set.
+    """
     if there == here:
         return
+    names = _differing(there, here)
+    alike = ""
+    if all(name in options and there.get(name) is not None for name in names):
+        alike = " ".join(f"{options[name]} {_plain(there[name])}" for name in names) + " to measure the same again, or "
     if there.get(UNKNOWN):
         said = "does not say what it was measured on (an earlier version wrote it)"
     else:
         said = f"is another measurement: this one has {differences(there, here)}"
-    raise ConfigError(f"{path} {said}. It is not replaced: give --out with a folder for this one, or remove that file")
+    raise ConfigError(
+        f"{path} {said}. It is not replaced: give {alike}--out with a folder for this one, or remove that file"
+    )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_contents(path: Path) -> dict[str, Any]:

@@ -16,12 +16,18 @@ from ltx2_train.errors import ConfigError, DataError, Ltx2Error
 from ltx2_train.evals.receipts import check_free, media_of, read_receipt
 from ltx2_train.evals.requests import MEDIA, SIZES, Asked, ClipRequest, OutputFormat
 from ltx2_train.geometry import AUDIO_STEPS_PER_SECOND, TIME_SCALE, audio_latent_length, latent_frames, latent_size
-from ltx2_train.media.probe import MediaInfo, probe
+from ltx2_train.media.probe import IMAGE_SUFFIXES, MediaInfo, TruncatedError, probe
 from ltx2_train.model.modality import Stream
 from ltx2_train.record import Bucket
 
 LATENT_STEP = 1 / AUDIO_STEPS_PER_SECOND  # s; less sound than this is not missed
 LEAST_STEPS = 2  # of sound: one is less than the window that a spectrogram is made audible with
+FILMS = "any film that FFmpeg reads (mp4, mov, mkv, webm, ...)"
+TAKEN = {  # what the fields that name files take
+    "image": f"{', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}, or the first frame of {FILMS}",
+    "audio": "any sound that FFmpeg reads (wav, flac, mp3, m4a, ogg, ...), or that of a film",
+    "video": FILMS,
+}
 RECEIPT_VERSION = 1  # raise when the same request would be made otherwise: everything is made again then
 
 
@@ -83,6 +89,12 @@ class Clip:
             listed += pictures if is_folder else [f"{self.name}.{kind}"]
         return listed
 
+    def told(self, directory: Path) -> str:
+        """Its media in `directory`, for a message: pictures in a folder of their own as one pattern."""
+        kinds = dict.fromkeys(self.request.format or ())
+        names = [f"{self.name}/*.png" if kind == OutputFormat.png else f"{self.name}.{kind}" for kind in kinds]
+        return ", ".join(str(directory / name) for name in names)
+
 
 class State(StrEnum):
     """What became of a clip."""
@@ -94,7 +106,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one clip that was asked for. `detail`: its first file, or the reason why there is none."""
+    """What became of one clip that was asked for. `detail`: its files, or the reason why there are none."""
 
     where: str
     name: str
@@ -112,9 +124,8 @@ def plan(asked: Sequence[Asked], ground: Ground, directory: Path) -> tuple[list[
     for one in asked:
         try:
             clip = _clip(one, ground)
-            if (receipt := read_receipt(directory, clip.name, clip.digest)) is not None:
-                first = str(directory / next(iter(receipt["files"])))
-                outcomes.append(Outcome(one.where, clip.name, State.there, first))
+            if read_receipt(directory, clip.name, clip.digest) is not None:
+                outcomes.append(Outcome(one.where, clip.name, State.there, clip.told(directory)))
                 continue
             check_free(directory, clip.name, clip.files)
             clips.append(clip)
@@ -190,16 +201,21 @@ def _named(streams: frozenset[Stream]) -> str:
 
 def _sized(request: ClipRequest, ground: Ground, has_video: bool) -> ClipRequest:
     """The request with all of its sizes, after a look into its files."""
-    video = None if request.video is None else _readable(request.video, "picture")
-    audio = None if request.audio is None else _readable(request.audio, "sound")
+    video = None if request.video is None else _readable("video", request.video)
+    audio = None if request.audio is None else _readable("audio", request.audio)
     if request.image is not None:
-        _readable(request.image, "picture")
+        _readable("image", request.image)
     if video is not None and request.fps is None:
         request = replace(request, fps=video.fps)
     needed = SIZES if has_video else ("frames", "fps")
     if any(getattr(request, name) is None for name in needed):
         size = ground.size()
         request = replace(request, **{name: size[name] for name in needed if getattr(request, name) is None})
+    if video is not None and video.frames == 1 and request.frames != 1 and not request.fit:
+        raise DataError(
+            f"{video.name}: a still picture, and the clip has {request.frames} frames. Give it as image, to be the first "
+            "of them, or give a film"
+        )
     if video is not None:
         request = _within(request, "video", video, lambda frames, fps: video.frames_at(fps) >= frames)
     if audio is not None:
@@ -209,13 +225,20 @@ def _sized(request: ClipRequest, ground: Ground, has_video: bool) -> ClipRequest
     return request
 
 
-def _readable(path: str, kind: str) -> MediaInfo:
-    """What a file holds. Raises `DataError` where it has not that."""
+def _readable(field: str, path: str) -> MediaInfo:
+    """What the file of a field holds. Raises `DataError` where that is not what the field takes."""
+    called = f"{field}={path}"
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file. Correct its path in the request")
-    info = probe(path)
-    if not (info.has_video if kind == "picture" else info.has_audio):
-        raise DataError(f"{path}: no {kind} in it. Name another file")
+        raise DataError(f"{called}: no such file. Correct its path in the request")
+    try:
+        info = probe(path, name=called)
+    except TruncatedError:
+        raise
+    except DataError as error:
+        raise DataError(f"{error}. {field} takes {TAKEN[field]}") from error
+    if not (info.has_audio if field == "audio" else info.has_video):
+        kind = "sound" if field == "audio" else "picture"
+        raise DataError(f"{called}: no {kind} in it. Name another file; {field} takes {TAKEN[field]}")
     return info
 
 

@@ -123,7 +123,10 @@ def opened(source: Source, name: str) -> Iterator[Any]:
                     stream.codec_context.thread_type = "SLICE" if stream.type == "video" else "NONE"
             yield container
     except (av.error.FFmpegError, av.error.FileNotFoundError, EOFError) as error:
-        raise DataError(f"{name}: damaged or no media file ({error}). Repair, re-encode or remove it") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{name}: damaged or no media file ({reason}). Repair or re-encode it, or leave it out"
+        ) from error
 
 
 def picture_stream(container: Any) -> Any:
@@ -151,7 +154,7 @@ def probe(source: Source, *, name: str | None = None, decode: bool = False) -> M
     with opened(source, label) as container:
         picture, sound = picture_stream(container), sound_stream(container)
         if picture is None and sound is None:
-            raise DataError(f"{label}: neither a video nor an audio track. Remove it")
+            raise DataError(f"{label}: neither a video nor an audio track. Leave it out")
         tracks = {s.index: _Track() for s in (picture, sound) if s is not None}
         for packet in container.demux([s for s in (picture, sound) if s is not None]):
             tracks[packet.stream_index].add(packet, decode)
@@ -201,7 +204,7 @@ class _Track:
 
 def _check_complete(container: Any, picture: Any, sound: Any, tracks: dict[int, _Track], label: str) -> None:
     """Raises `DataError` when the container promises more than it holds."""
-    advice = "Copy or download it again, or remove it"
+    advice = "Copy or download it again, or leave it out"
     for stream in (picture, sound):
         if stream is None:
             continue
@@ -238,7 +241,7 @@ def _describe(container: Any, picture: Any, sound: Any, tracks: dict[int, _Track
     if sound is not None and tracks[sound.index].pts and sound.codec_context.channels:
         fields |= _describe_audio(sound, tracks[sound.index], fields.get("origin"))
     if "frames" not in fields and "channels" not in fields:
-        raise DataError(f"{label}: its tracks hold neither a frame nor a sample. Remove it")
+        raise DataError(f"{label}: its tracks hold neither a frame nor a sample. Leave it out")
     return MediaInfo(**fields)
 
 
@@ -331,7 +334,7 @@ def open_image(source: Source, label: str) -> Any:
                 upright = ImageCms.profileToProfile(upright, source_profile, srgb) or upright
             image = upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, ImageCms.PyCMSError) as error:
-        raise DataError(f"{label}: damaged image ({error}). Replace or remove it") from error
+        raise DataError(f"{label}: damaged image ({error}). Replace it or leave it out") from error
     image.info["format_name"] = name
     return image
 

@@ -237,10 +237,10 @@ class _PyavReader:
             return next(self._decoder)
         except StopIteration:
             counts = f"{self._info.frames} frames expected, {self._place + 1} decoded"
-            raise DataError(f"{self._info.name}: {counts}. Repair or remove it") from None
+            raise DataError(f"{self._info.name}: {counts}. Repair it or leave it out") from None
         except av.error.FFmpegError as error:
             what = f"frame {self._place + 1} cannot be decoded ({error})"
-            raise DataError(f"{self._info.name}: {what}. Repair or remove it") from error
+            raise DataError(f"{self._info.name}: {what}. Repair it or leave it out") from error
 
     def close(self) -> None:
         if self._context is not None:

@@ -76,7 +76,7 @@ def newest_complete(run_dir: Path) -> Path | None:
 def _manifests(run_dir: Path) -> dict[Path, dict[str, Any]]:
     """The manifests of the complete checkpoints."""
     complete = {}
-    for directory in _step_directories(Path(run_dir) / "checkpoints"):
+    for directory in all_checkpoints(run_dir):
         try:
             manifest = read_manifest(directory)
             _check_sizes(directory, manifest)
@@ -99,9 +99,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete or not, newest first."""
+    return _step_directories(Path(run_dir) / "checkpoints")
+
+
 def holds_checkpoints(run_dir: Path) -> bool:
     """Whether there are any, complete or not."""
-    return bool(_step_directories(Path(run_dir) / "checkpoints"))
+    return bool(all_checkpoints(run_dir))
 
 
 def noted_origin(directory: Path) -> str:

@@ -293,9 +293,9 @@ def test_a_header_longer_than_the_file_is_refused_before_memory_is_taken(tmp_pat
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no.safetensors: cannot be read \(No such file .*\). Correct its path"):
         open_weights(tmp_path / "no.safetensors")
-    with pytest.raises(CheckpointError, match="no safetensors file in it"):
+    with pytest.raises(CheckpointError, match="no safetensors file in it. Name the file or folder"):
         open_weights(tmp_path)
     for name in "ab":
         save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
@@ -303,6 +303,15 @@ def test_what_is_not_there_is_named(tmp_path):
         open_weights(tmp_path)
     with pytest.raises(CheckpointError, match="no `config.vae` in the header"):
         open_weights(tmp_path / "a.safetensors").config("vae")
+
+
+def test_a_run_in_the_place_of_weights_is_called_one(tmp_path):
+    """And so is a checkpoint of it: weights come of them by the program that is named."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    for place in (tmp_path / "run", checkpoint):
+        with pytest.raises(CheckpointError, match=f"not weights.* ltx2-export {place} --to transformer --out FILE"):
+            open_weights(place)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "a" * 5000 + ".index.json"])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -100,10 +99,29 @@ def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, c
     )
     other = [str(place / "run"), "--samples", "2", "--out", str(tmp_path)]
     assert evaluate.main(other) == 2
-    assert "seeds 1 instead of 2, tolerance_ms 80.0 instead of 50.0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "seeds 1 instead of 2, tolerance_ms 80.0 instead of 50.0" in said
+    assert "give --seeds 2 --tolerance-ms 50 to measure the same again, or --out" in said
     assert json.loads((tmp_path / "samples.json").read_text()) == summary
     assert evaluate.parser().parse_args(["RUN", "--metrics", "none"]).metrics == []
     assert list(evaluate.metrics_table({})) == []
+
+
+def test_what_holds_for_several_figures_is_said_once_below_them():
+    def told(**notes: str) -> list[str]:
+        figure = {"value": 1.0, "low": None, "high": None, "unit": "", "count": 4}
+        table = {name: {"sampled": figure | {"note": note}, "unit": ""} for name, note in notes.items()}
+        return [line.strip() for line in evaluate.metrics_table(table)][1:]
+
+    assert [line.split()[0] for line in told(motion="few", silence="", hum="few")] == [
+        "motion",
+        "silence",
+        "hum",
+        "few",
+    ]
+    assert told(motion="few", silence="", hum="few")[-1] == "few (motion, hum)"
+    assert told(motion="few", hum="few")[-1] == "few", "of all of them"
+    assert told(motion="few", hum="rough")[0].endswith("few"), "of one alone it stands beside it"
 
 
 @pytest.mark.slow
@@ -207,14 +225,13 @@ def test_another_measurement_does_not_replace_one_that_is_there(place, tmp_path,
     before = written.read_bytes()
     assert evaluate.main([str(place / "run"), "--clips", "1"]) == 2
     said = capsys.readouterr().err
-    assert f"{written} is another measurement: this one has clips 1 instead of 4" in said
-    assert "--out" in said
+    assert f"{written} is another measurement: this one has clips 1 instead of 4. It is not replaced: " in said
+    assert "give --clips 4 to measure the same again, or --out with a folder" in said
     samples = [replace(sample, video=3 * sample.video) for sample in small_samples()]
     write_latent_dataset(tmp_path / "foreign", samples, manifest=manifest_for(samples[0]))
     assert evaluate.main([str(place / "run"), "--data", str(tmp_path / "foreign")]) == 2
-    assert re.search(r"this one has data \w{16} instead of \w{16}\. It", capsys.readouterr().err), (
-        "the keys are the same"
-    )
+    said = capsys.readouterr().err
+    assert "this one has other data. It is not replaced: give --out with a folder" in said, "no option mends that"
     assert written.read_bytes() == before
 
 
@@ -277,10 +294,18 @@ def test_clips_of_another_codec_are_refused(place, tmp_path, capsys):
 
 def test_a_run_without_a_complete_checkpoint_is_refused(place, tmp_path, capsys):
     assert evaluate.main([str(tmp_path)]) == 2
-    assert "has no complete checkpoint" in capsys.readouterr().err
+    assert "has no complete checkpoint. Give a run directory" in capsys.readouterr().err
+    for name, what in (("typo", "does not exist"), ("a_file", "is a file")):
+        (tmp_path / "a_file").touch()
+        assert evaluate.main([str(tmp_path / name)]) == 2
+        assert f"{tmp_path / name} {what}. Give a run directory" in capsys.readouterr().err
     (newest,) = complete_checkpoints(place / "run")
     copy = tmp_path / "run" / "checkpoints" / newest.name
     copy.mkdir(parents=True)
     (copy / "config.json").write_bytes((newest / "config.json").read_bytes())
     assert evaluate.main([str(tmp_path / "run")]) == 2, "files, and no manifest"
-    assert "has no complete checkpoint" in capsys.readouterr().err
+    assert "has no complete checkpoint: the only one is damaged or incomplete" in capsys.readouterr().err
+    shutil.copytree(newest, copy.with_name("step-00000001"))
+    next(copy.with_name("step-00000001").glob("*.distcp")).unlink()
+    assert evaluate.main([str(tmp_path / "run")]) == 2
+    assert "all 2 are damaged or incomplete (messages above). Copy the run again" in capsys.readouterr().err

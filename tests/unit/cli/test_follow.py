@@ -171,6 +171,19 @@ def test_a_second_one_is_refused_and_a_killed_one_leaves_nothing_behind(run, cap
     assert not (run / follow.HELD).exists()
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_of_a_run_that_has_not_begun_it_says_whether_its_folder_is_there(tmp_path, begun):
+    """A path that is mistyped would be waited for as well."""
+    place = tmp_path / "new"
+    if begun:
+        place.mkdir()
+    lines = follow.follow(evaluate.parser().parse_args([str(place), "--follow"]), WORLD, evaluate.evaluate)
+    said = next(iter(lines))
+    lines.close()
+    assert said.startswith(f"waits for {place / 'config.yaml'}, which ltx2-train writes")
+    assert (f"{place} itself is not there" in said) is not begun
+
+
 def test_on_a_signal_the_evaluation_is_finished_and_the_end_is_a_good_one(run, capsys, monkeypatch, quick):
 
     def interrupted(options, world):

@@ -80,7 +80,7 @@ def check_seven(ranks: list[tuple[int, str, str]], folder: Path, out: Path) -> d
     """What all processes tell of seven requests of which one fails; the sounds that are there then."""
     assert [status for status, _, _ in ranks] == [sample.EXIT_SOME] * len(ranks)
     first, *others = ranks
-    assert f"seven.jsonl:4 (clip3-0): {folder}/broken.png: damaged image" in first[2]
+    assert f"seven.jsonl:4 (clip3-0): image={folder}/broken.png: damaged image" in first[2]
     assert "7 clips: 6 made, 0 there already, 1 failed" in first[1]
     assert sum(out.count(" s per step") for _, out, _ in ranks) == 6
     assert not any(err for _, _, err in others), "one process tells it"
@@ -165,6 +165,8 @@ def test_clips_of_one_size_are_sampled_together(run, tmp_path, capsys):
 def test_every_kind_of_file_goes_in_and_out(run, tmp_path, capsys):
     common = [str(run), "--steps", "1", "--out", str(tmp_path)]
     assert sample.main([*common, "--prompt", "a ball", "--format", "mp4,wav,png", "--name", "ball"]) == 0
+    written = [str(tmp_path / name) for name in ("ball-0.mp4", "ball-0.wav", "ball-0/*.png")]
+    assert f"{', '.join(written)}  (" in capsys.readouterr().out, "all of it is told"
     film = tmp_path / "ball-0.mp4"
     assert (probe(film).frames, len(list((tmp_path / "ball-0").iterdir()))) == (9, 9)
     assert sample.main([*common, "--prompt", "from a frame", "--image", str(tmp_path / "ball-0" / "00000.png")]) == 0

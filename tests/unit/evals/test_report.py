@@ -274,8 +274,13 @@ OWN, OTHER = {"data": "aaaa", "clips": 3}, {"data": "bbbb", "clips": 3}
 @pytest.mark.parametrize(
     ("found", "own", "tile", "told"),
     [
-        ([(0, 1.5, OWN), (100, 1.0, OWN), (200, 7.0, OTHER)], [0, 100], "from 1.500: 33% lower", "step 200 (data bbbb"),
-        ([(0, 1.5, OTHER), (100, 1.0, OWN), (200, 0.5, OWN)], [], "from 1.000: 50% lower", "step 0 (data bbbb"),
+        (
+            [(0, 1.5, OWN), (100, 1.0, OWN), (200, 7.0, OTHER)],
+            [0, 100],
+            "from 1.500: 33% lower",
+            "step 200 (other data)",
+        ),
+        ([(0, 1.5, OTHER), (100, 1.0, OWN), (200, 0.5, OWN)], [], "from 1.000: 50% lower", "step 0 (other data)"),
         ([(0, 1.5, None), (100, 1.0, OWN), (200, 0.5, OWN)], [], "from 1.000: 50% lower", "step 0 (one does not say"),
         ([(0, 1.5, None), (100, 1.0, None)], [], "from 1.500: 33% lower", "do not say what they were measured on"),
     ],
@@ -333,7 +338,7 @@ def test_runs_that_were_measured_on_other_clips_are_told_apart(run_dir):
         for step in (0, 200):
             write_json(heldout_path(place, step), measured(step, 1.0, identity))
     text = write_comparison([run_dir, other], run_dir / "both.html", [{}, {}]).read_text(encoding="utf-8")
-    assert "other: held-out loss of other clips or settings than those of a run (data bbbb instead of aaaa)." in text
+    assert "other: held-out loss of other clips or settings than those of a run (other data)." in text
 
 
 def test_a_gap_in_a_series_interrupts_its_line():

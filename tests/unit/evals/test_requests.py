@@ -33,6 +33,7 @@ def media(tmp_path_factory) -> Path:
     write_wav(folder / "second.wav", click_waveform(1.0), 16000)
     write_mp4(folder / "film.mp4", ramp_frames(25), FPS)
     (folder / "broken.png").write_bytes(b"\x89PNG and nothing more")
+    (folder / "table.csv").write_text("video,caption\n" * 50)
     return folder
 
 
@@ -188,10 +189,13 @@ def test_the_size_is_not_asked_for_where_it_is_given(tmp_path):
         ({"frames": 1, "format": ["wav"]}, "latent steps: 1, must be >= 2.*Ask for 9 frames or more$"),
         ({"frames": 1, "audio": "second.wav"}, "too short for sound.*Ask for 9 frames or more$"),
         ({"frames": 1, "video": "film.mp4"}, "too short for sound.*Ask for 9 frames or more$"),
-        ({"image": "none.png"}, "none.png: no such file"),
-        ({"image": "broken.png"}, "broken.png: damaged image"),
-        ({"image": "second.wav"}, "second.wav: no picture in it"),
-        ({"audio": "ball.png"}, "ball.png: no sound in it"),
+        ({"image": "none.png"}, "^image=.*none.png: no such file"),
+        ({"image": "broken.png"}, "^image=.*broken.png: damaged image"),
+        ({"image": "table.csv"}, r"^image=[^']*table.csv: damaged or no media file \([^']*\).* image takes png, jpg"),
+        ({"audio": "table.csv"}, "^audio=.*table.csv: damaged or no media file.* audio takes any sound .*wav, flac"),
+        ({"image": "second.wav"}, "second.wav: no picture in it.* image takes png"),
+        ({"audio": "ball.png"}, "^audio=.*ball.png: no sound in it"),
+        ({"video": "ball.png"}, "^video=.*ball.png: a still picture, and the clip has 17 frames. Give it as image"),
         ({"audio": "film.mp4"}, "film.mp4: no sound in it"),
         ({"image": "ball.png", "frames": 1}, "the only frame of the clip"),
         (
@@ -334,7 +338,7 @@ def test_a_clip_that_is_there_is_not_made_again_and_a_changed_one_is(tmp_path, m
     fields = {"image": str(shutil_image), "steps": 5}
     leave_receipt(tmp_path, planned(tmp_path, **fields))
     [], [outcome] = plan(expanded("here", {"prompt": "a ball", **fields}), GROUND, tmp_path)
-    assert (outcome.state, outcome.detail) == (State.there, str(tmp_path / "media"))
+    assert (outcome.state, outcome.detail) == (State.there, str(tmp_path / "a-ball-0.mp4"))
     changes = [
         planned(tmp_path, **fields, width=96),
         planned(tmp_path, **fields | {"steps": 6}),
