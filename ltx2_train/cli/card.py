@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ltx2_train.cli.export import Work
     from ltx2_train.cli.source import Source
     from ltx2_train.evals.runrecord import RunRecord
     from ltx2_train.model.export import Provenance
@@ -20,29 +21,50 @@ LICENCE = (
 FROM_SCRATCH = (
     "These weights were trained from scratch: name the licence that you give them here before you publish this file."
 )
+BASE_FROM_SCRATCH = (
+    "the base is no released file, but was exported from a run that began from scratch. Name the licence that you give "
+    "these weights here before you publish this file."
+)
+BASE_UNKNOWN = (
+    "nothing says that the base is a released file: the data were made by stand-ins. Name the licence of these weights here "
+    "before you publish this file; what derives from LTX weights carries theirs."
+)
+PARTS = ("video_codec", "audio_codec", "text_encoder")
 FOLDED = "Alpha is folded in: strength 1 is as trained."
-USES = {
-    "lora": f"A LoRA in the official key form, for ComfyUI and the reference pipelines. {FOLDED}",
-    "lora-diffusers": f"A LoRA under diffusers' names, for `load_lora_weights`. {FOLDED}",
-    "merged": "The base with the LoRA added, in the base's own layout: used as the base is.",
-    "full": "A whole fine-tune in the official layout: used as the base is.",
-    "transformer": "Transformer and connectors in the official layout; the other components are those of the base.",
-    "diffusers": "Folders for diffusers' `from_pretrained`; the other components are those of the base.",
+LAYOUTS = {
+    "lora": f"A LoRA in the official key form. {FOLDED}",
+    "lora-diffusers": f"A LoRA under diffusers' names. {FOLDED}",
+    "merged": "The base with the LoRA added, in the base's own layout.",
+    "full": "A whole model in the official layout.",
+    "transformer": "Transformer and connectors in the official layout.",
+    "diffusers": "Folders in the layout of diffusers.",
+}
+USES = {  # of what stands on a base
+    "lora": "For ComfyUI and the reference pipelines.",
+    "lora-diffusers": "For diffusers' `load_lora_weights`.",
+    "merged": "Used as the base is.",
+    "full": "A whole fine-tune: used as the base is.",
+    "transformer": "The other components are those of the base.",
+    "diffusers": "For `from_pretrained`; the other components are those of the base.",
 }
 
 
-def write_card(path: Path, source: "Source", provenance: "Provenance", form: str, files: Sequence[str]) -> Path:
+def write_card(path: Path, work: "Work", files: Sequence[str]) -> Path:
     """Writes the card, and the newest samples of the run beside it; returns its path.
 
-    Datasets are named by their folder's name, not by their place. Raises `DataError` when the run has no metrics.
+    It is titled after what was exported. Datasets are named by their folder's name, not by their place.
+
+    Raises `DataError` when the run has no metrics.
     """
     from ltx2_train.evals.runrecord import read_run
 
+    source, provenance, out = work.source, work.provenance, work.options.out
     run = read_run(source.directory)
     sections = [
         _front(provenance, source),
-        f"# {path.resolve().parent.name}\n\n{USES[form]}\n\n" + "\n".join(f"- `{name}`" for name in files),
-        "## Base and licence\n\n" + "\n".join(_base(provenance, source)),
+        f"# {out.name.removesuffix('.safetensors')}\n\n{_use(work.options.to, source)}\n\n"
+        + "\n".join(f"- `{name}`" for name in files),
+        "## Base and licence\n\n" + "\n".join(_base(work)),
         "## Training\n\n" + _table(_training(source)),
         "## Data\n\n" + "\n".join(_data(source)),
         *_heldout(run),
@@ -64,13 +86,37 @@ def _front(provenance: "Provenance", source: "Source") -> str:
     return "\n".join([*lines, "---"])
 
 
-def _base(provenance: "Provenance", source: "Source") -> Iterator[str]:
+def _use(form: str, source: "Source") -> str:
+    """What was written, and what loads it: what learned the stand-ins' latents goes with nothing that was released."""
+    made = ", ".join(f"{name.replace('_', ' ')} {source.provenance[name]}" for name in stand_ins(source))
+    if made:
+        return (
+            f"{LAYOUTS[form]} For trying with `ltx2_train` alone: its data were made by embedded stand-ins ({made}), so it "
+            "works neither with released weights nor in ComfyUI, the reference pipelines or diffusers."
+        )
     if source.start is None:
+        return f"{LAYOUTS[form]} Trained from scratch: it goes with the codecs and the text encoder that made its data."
+    return f"{LAYOUTS[form]} {USES[form]}"
+
+
+def stand_ins(source: "Source") -> list[str]:
+    """The parts of `PARTS` that were embedded stand-ins where the run's data were made."""
+    from ltx2_train import codecs, text
+
+    embedded = (*codecs.EMBEDDED, *text.EMBEDDED)
+    return [name for name in PARTS if source.provenance[name].startswith(embedded)]
+
+
+def _base(work: "Work") -> Iterator[str]:
+    provenance, base = work.provenance, work.base
+    if work.source.start is None or base is None:
         yield f"The architecture of LTX {provenance.base_generation}. {FROM_SCRATCH}"
         return
-    yield f"- base: {provenance.base_name} (LTX {provenance.base_generation})"
+    licence = BASE_FROM_SCRATCH if base.from_scratch else BASE_UNKNOWN if stand_ins(work.source) else LICENCE
+    told = "LTX" if licence is LICENCE else "architecture of LTX"
+    yield f"- base: {provenance.base_name} ({told} {provenance.base_generation})"
     yield f"- fingerprint of the base: `{provenance.base_fingerprint}`"
-    yield f"- licence: {LICENCE}"
+    yield f"- licence: {licence}"
 
 
 def _training(source: "Source") -> Iterator[tuple[str, object]]:
@@ -102,7 +148,7 @@ def _data(source: "Source") -> Iterator[str]:
             yield f"- {name}: {len(open_dataset(dataset.path)):,} samples"
         except DataError:
             yield f"- {name}: no longer where it was trained from, so its samples are not counted here"
-    for name in ("video_codec", "audio_codec", "text_encoder"):
+    for name in PARTS:
         yield f"- {name.replace('_', ' ')}: {source.provenance[name]}"
 
 

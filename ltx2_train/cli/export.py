@@ -99,7 +99,7 @@ def export(options: argparse.Namespace) -> Iterable[str]:
     if options.card:
         from ltx2_train.cli.card import write_card
 
-        yield str(write_card(_card_path(options), source, work.provenance, options.to, [file.name for file in files]))
+        yield str(write_card(_card_path(options), work, [file.name for file in files]))
 
 
 # --- what a run holds ---

@@ -13,7 +13,7 @@ figures of the samples over steps, the newest samples as video with sound beside
 earlier steps, throughput, and what went wrong on the way.
 
 Several runs make one page with their curves in one chart each, the settings in which they differ, and their figures and
-samples side by side.
+samples side by side, where they were measured alike.
 
 The page holds everything itself, can be mailed and opens without a network. It may be written while a run goes on."""
 EPILOG = """\
@@ -81,11 +81,11 @@ def settings_of(run: Path) -> dict[str, str]:
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names with dots and values as text."""
+    """Names with dots and values as text, of all that is set: null and what is empty have no line."""
     if isinstance(values, dict | list) and values:
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from flat(value, f"{prefix}.{name}" if prefix else str(name))
-    elif prefix:
+    elif prefix and values not in (None, [], {}):
         yield prefix, str(values)
 
 

@@ -1,7 +1,7 @@
 """One page for several runs: what was set differently, and what came of it, side by side."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ltx2_train.evals.report import MEDIA_BYTES, change, duration, loss_text, re
 from ltx2_train.evals.runrecord import RunRecord, read_run
 
 RUN_DIR = "train.run_dir"  # differs always and says nothing
+HELD_OUT = "evaluation.datasets.0"  # where the data lie that the page's evaluations are of
 MOST_RUNS = 8  # as many colours can be told apart
 
 
@@ -45,9 +46,9 @@ def write_comparison(
         "title": " · ".join(names),
         "facts": [f"{len(runs)} runs"],
         "runs": [{"name": name, "style": _style(i), "facts": _facts(run)} for i, (name, run) in enumerate(pairs)],
-        "notes": _notes(pairs),
+        "notes": _notes(pairs, settings),
         "settings": differing(settings),
-        "figures": figure_rows(runs),
+        "figures": figure_rows(pairs),
         "heldout": _heldout_charts(pairs),
         "metric_charts": _metric_charts(pairs),
         "curves": _training_charts(pairs),
@@ -57,20 +58,50 @@ def write_comparison(
     return render("comparison.html.j2", values, path)
 
 
-def _notes(pairs: "Sequence[Named]") -> list[str]:
+def _notes(pairs: "Sequence[Named]", settings: Sequence[Mapping[str, str]]) -> list[str]:
     """What of the evaluations is not in the page, and which runs were not measured on the same clips, or not alike."""
     told = [f"{name}: {note}" for name, run in pairs for note in run.notes]
     told += [
         f"{name}: the losses and samples of {one} are not in this page." for name, run in pairs for one in run.further
     ]
-    for words, of in (("held-out loss", _heldout_identity), ("samples", _samples_identity)):
-        (first, known), *others = [(name, of(run)) for name, run in pairs if of(run)] or [("", {})]
+    for words, of in (("Held-out loss", _heldout_identity), ("Samples and their figures", _samples_identity)):
+        first, *others = measured_alike(pairs, of) or [[]]
         told += [
-            f"{name}: {words} of other clips or settings than those of {first} ({differences(known, one)})."
-            for name, one in others
-            if one != known
+            f"{words}: {names_of(pairs, group)} cannot be compared with {names_of(pairs, first)} "
+            f"({_difference(pairs, settings, of, first[0], group[0])}). They stand apart in tables and charts."
+            for group in others
         ]
     return told
+
+
+def _difference(
+    pairs: "Sequence[Named]", settings: Sequence[Mapping[str, str]], of: "IdentityOf", first: int, other: int
+) -> str:
+    """In words, and where the data differ with their places, as the settings of the runs name them."""
+    known, one = (of(pairs[i][1]) for i in (first, other))
+    text, places = differences(known, one), [settings[i].get(HELD_OUT) for i in (other, first)]
+    if known.get("data") == one.get("data") or None in places or places[0] == places[1]:
+        return text
+    return f"{text}; by their settings {places[0]} instead of {places[1]}"
+
+
+def measured_alike(pairs: "Sequence[Named]", of: "IdentityOf") -> list[list[int]]:
+    """The numbers of the runs whose measurement is of the same, in the order of their first; those without are in none."""
+    groups: list[tuple[Identity, list[int]]] = []
+    for i, (_, run) in enumerate(pairs):
+        identity = of(run)
+        group = next((group for known, group in groups if known == identity), None)
+        if group is not None:
+            group.append(i)
+        elif identity:
+            groups.append((identity, [i]))
+    return [group for _, group in groups]
+
+
+def names_of(pairs: "Sequence[Named]", group: Sequence[int]) -> str:
+    """The names of some runs, as in a sentence."""
+    *names, last = [pairs[i][0] for i in group]
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def _heldout_identity(run: RunRecord) -> Identity:
@@ -82,13 +113,16 @@ def _samples_identity(run: RunRecord) -> Identity:
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as few as tell all runs apart; a run that is given twice has one name twice."""
+    """Of every path the shortest ending that no other has; a run that is given twice has one name twice."""
     parts = [directory.resolve().parts for directory in directories]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-depth:]) for one in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return ["/".join(one) for one in parts]
+    return [_short_name(one, set(parts) - {one}) for one in parts]
+
+
+def _short_name(parts: tuple[str, ...], others: set[tuple[str, ...]]) -> str:
+    for depth in range(1, len(parts)):
+        if all(other[-depth:] != parts[-depth:] for other in others):
+            return "/".join(parts[-depth:])
+    return str(Path(*parts))
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -98,16 +132,42 @@ def differing(settings: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     return [row for row in rows if len(set(row["values"])) > 1]
 
 
-def figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """What came out at the last evaluation of each run; a dash where a run does not have it."""
-    rows = [_row(f"held-out loss, {modality}", "", runs, _final_loss, modality) for modality in MODALITIES]
-    units = {name: entries[-1][1]["unit"] for run in runs for name, entries in figures_of(run).items()}
-    rows += [_row(name, unit, runs, _final_figure, name) for name, unit in units.items()]
-    return [row for row in rows if any(value != "–" for value in row["values"])]
+def figure_rows(pairs: "Sequence[Named]") -> list[dict[str, Any]]:
+    """What came out at the last evaluation of each run; a dash where a run does not have it.
+
+    Where the runs were not all measured alike, those that were have rows of their own under a heading, and the others'
+    cells are empty.
+    """
+    rows: list[dict[str, Any]] = []
+    for words, of, rows_of in (
+        ("held-out loss", _heldout_identity, _loss_rows),
+        ("samples", _samples_identity, _sample_rows),
+    ):
+        groups = measured_alike(pairs, of)
+        for group in groups:
+            found = rows_of([run if i in group else None for i, (_, run) in enumerate(pairs)])
+            heading = [{"heading": f"{words} of {names_of(pairs, group)}"}] if len(groups) > 1 and found else []
+            rows += heading + found
+    return rows
 
 
-def _row(name: str, unit: str, runs: Sequence[RunRecord], of: Any, key: Any) -> dict[str, Any]:
-    return {"name": name, "unit": unit, "values": [of(run, key) for run in runs]}
+def _loss_rows(runs: "Sequence[RunRecord | None]") -> list[dict[str, Any]]:
+    return _with_values(
+        [_row(f"held-out loss, {modality}", "", runs, _final_loss, modality) for modality in MODALITIES]
+    )
+
+
+def _sample_rows(runs: "Sequence[RunRecord | None]") -> list[dict[str, Any]]:
+    units = {name: entries[-1][1]["unit"] for run in runs if run for name, entries in figures_of(run).items()}
+    return _with_values([_row(name, unit, runs, _final_figure, name) for name, unit in units.items()])
+
+
+def _with_values(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if any(value not in ("–", "") for value in row["values"])]
+
+
+def _row(name: str, unit: str, runs: "Sequence[RunRecord | None]", of: Any, key: Any) -> dict[str, Any]:
+    return {"name": name, "unit": unit, "values": ["" if run is None else of(run, key) for run in runs]}
 
 
 def _final_loss(run: RunRecord, modality: str) -> str:
@@ -141,27 +201,39 @@ def _facts(run: RunRecord) -> str:
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 Named = tuple[str, RunRecord]
+IdentityOf = Callable[[RunRecord], Identity]
 
 
 def _heldout_charts(pairs: Sequence[Named]) -> list[dict[str, str]]:
+    """A chart per modality, of the runs that were measured alike."""
     found = []
-    for modality in MODALITIES:
-        lines = []
-        for i, (name, run) in enumerate(pairs):
-            entries = [(e["step"], best_losses(e)[modality]["mean"]) for e in run.heldout]
-            lines.append(loss_line(entries, name, _style(i)))
-        found.append((f"Held-out loss, {modality}", lines, "held-out loss", True))
+    groups = measured_alike(pairs, _heldout_identity)
+    for group in groups:
+        for modality in MODALITIES:
+            lines = []
+            for i in group:
+                name, run = pairs[i]
+                entries = [(e["step"], best_losses(e)[modality]["mean"]) for e in run.heldout]
+                lines.append(loss_line(entries, name, _style(i)))
+            found.append((_title(f"Held-out loss, {modality}", pairs, group, groups), lines, "held-out loss", True))
     return _drawn(found)
 
 
 def _metric_charts(pairs: Sequence[Named]) -> list[dict[str, str]]:
-    """Onset F1 and every other figure over steps."""
-    names = dict.fromkeys(name for _, run in pairs for name in figures_of(run))
+    """Onset F1 and every other figure over steps, of the runs that were measured alike."""
     found = []
-    for metric in names:
-        lines = [estimate_line(figures_of(run).get(metric, []), name, _style(i)) for i, (name, run) in enumerate(pairs)]
-        found.append((metric, lines, "sampled", False))
+    groups = measured_alike(pairs, _samples_identity)
+    for group in groups:
+        figures = {i: figures_of(pairs[i][1]) for i in group}
+        for metric in dict.fromkeys(name for own in figures.values() for name in own):
+            lines = [estimate_line(own.get(metric, []), pairs[i][0], _style(i)) for i, own in figures.items()]
+            found.append((_title(metric, pairs, group, groups), lines, "sampled", False))
     return _drawn(found)
+
+
+def _title(words: str, pairs: Sequence[Named], group: Sequence[int], groups: Sequence[Sequence[int]]) -> str:
+    """Names the runs of a chart where it is not of all that were measured."""
+    return f"{words}: {names_of(pairs, group)}" if len(groups) > 1 else words
 
 
 def _training_charts(pairs: Sequence[Named]) -> list[dict[str, str]]:
@@ -199,18 +271,33 @@ def _baseline(lines: Sequence[Series]) -> list[Level]:
 
 
 def _samples(pairs: Sequence[Named], media: Media) -> list[dict[str, Any]]:
-    """A row per clip of the data and seed that runs share, or one has: the newest sample of each run, then the real clip."""
+    """A row per clip of the data and seed: the newest sample of each run that has it, then the real clip.
+
+    The rows come in groups of those that the same runs have, most runs first, under a heading where there are several.
+    """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     real: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, run in pairs:
+    for i, (name, run) in enumerate(pairs):
         newest = next((s for s in reversed(run.sampled) if s.shown), None)
         for clip in newest.shown if newest else []:
             key = (_samples_identity(run).get("data"), clip["key"], clip.get("seed"))
-            row = rows.setdefault(key, {"caption": clip["caption"], "seed": clip.get("seed"), "cells": []})
+            row = rows.setdefault(key, {"caption": clip["caption"], "seed": clip.get("seed"), "cells": [], "runs": []})
             assert newest is not None
             row["cells"].append(film_cell(clip["sampled"], f"{name}, step {newest.step}", newest, media))
+            row["runs"].append(i)
             if clip.get("real", {}).get("media") and key not in real:
                 real[key] = film_cell(clip["real"], "real", newest, media)
     for key, cell in real.items():
         rows[key]["cells"].append(cell)
-    return list(rows.values())
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for row in rows.values():
+        groups.setdefault(tuple(row["runs"]), []).append(row)
+    return [
+        {"heading": _shared(pairs, group) if len(groups) > 1 else "", "rows": found}
+        for group, found in sorted(groups.items(), key=lambda item: -len(item[0]))
+    ]
+
+
+def _shared(pairs: Sequence[Named], group: Sequence[int]) -> str:
+    names = names_of(pairs, group)
+    return f"{names}, from the same noise" if len(group) > 1 else f"{names} alone: no other run sampled these"

@@ -97,7 +97,7 @@ def sync_chart(run: RunRecord, marks: Marks) -> str:
         return ""
     sampled = _line([(step, one["f1"], one.get("low"), one.get("high")) for step, one in found], "sampled", "ink")
     chance = [(step, one["chance"]) for step, one in found if one["chance"] is not None]
-    lines = [sampled, Series("chance", [x for x, _ in chance], [y for _, y in chance], "chance dashed")]
+    lines = [sampled, Series("chance", [x for x, _ in chance], [y for _, y in chance], "chance")]
     real = next(s.found["sync"]["real"]["f1"] for s in reversed(run.sampled) if s.found.get("sync"))
     named = [("real, through the codec", real, "real"), (first_name(found[0][0]), found[0][1]["f1"], "before")]
     levels = [Level(name, value, style) for name, value, style in named if value is not None]
@@ -185,7 +185,7 @@ def _row(clip: dict[str, Any], chosen: Sequence[Sampled], newest: Sampled, media
     for one in chosen:
         match = next((c for c in one.shown if _same(c, clip)), None)
         if match is not None:
-            cells.append(film_cell(match["sampled"], f"step {one.step}", one, media, baseline=one is chosen[0]))
+            cells.append(film_cell(match["sampled"], f"step {one.step}", one, media, newest=one is newest))
     if clip.get("real", {}).get("media"):
         cells.append(film_cell(clip["real"], "real", newest, media))
     return {"caption": clip["caption"], "seed": clip.get("seed"), "cells": cells}
@@ -196,11 +196,11 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def film_cell(
-    side: dict[str, Any], title: str, sampled: Sampled, media: Media, *, baseline: bool = False
+    side: dict[str, Any], title: str, sampled: Sampled, media: Media, *, newest: bool = False
 ) -> dict[str, Any]:
     """A film if the page has room for it, else its frames, else its path."""
     film = media.embed(sampled.directory / side["media"])
     stand_in = None
     if film.id is None and side.get("strip"):
         stand_in = media.picture(sampled.directory / side["strip"])
-    return {"title": title, "film": film, "strip": stand_in, "baseline": baseline}
+    return {"title": title, "film": film, "strip": stand_in, "newest": newest}

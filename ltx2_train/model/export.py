@@ -43,6 +43,7 @@ from ltx2_train.model.weights import (
 from ltx2_train.weightfile import Deferred, Stored, WeightFile, open_weights, write_weights
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+BASE_FINGERPRINT = "base_fingerprint"  # of a header; only what was trained on a base has it
 QUANTISATION = "_quantization_metadata"  # of a header; what is written here is dequantised
 TRANSFORMER_SECTIONS = ("transformer", "scheduler")  # of the header's config, in a file of the transformer alone
 
@@ -66,7 +67,7 @@ class Provenance:
         """What is known of it, as strings. Reference factors of 1 are left out, as everywhere."""
         given = {
             "base_name": self.base_name,
-            "base_fingerprint": self.base_fingerprint,
+            BASE_FINGERPRINT: self.base_fingerprint,
             "trigger_word": self.trigger_word,
             "sampler_profile": json.dumps(self.sampler_profile) if self.sampler_profile else None,
         }
@@ -102,6 +103,12 @@ class Base:
     def fingerprint(self) -> str:
         """As `weights.fingerprint` has it."""
         return fingerprint(self.path)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether its header says that it was exported from a run that began from scratch."""
+        header = {} if self.file is None else self.file.metadata
+        return BASE_GENERATION in header and BASE_FINGERPRINT not in header
 
     @property
     def siblings(self) -> dict[str, Stored]:

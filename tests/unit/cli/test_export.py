@@ -265,8 +265,10 @@ def test_a_card_tells_of_base_licence_training_and_data(lora, base, tmp_path):
     export(lora, "lora", tmp_path / "card" / "l.safetensors", "--card", "--trigger", "red ball")
     text = (tmp_path / "card" / "README.md").read_text()
     for fact in (
+        "# l\n\nA LoRA in the official key form.",
+        "For ComfyUI and the reference pipelines.",
         "`l.safetensors`",
-        base.name,
+        f"base: {base.name} (LTX 2.3)",
         open_weights(base).fingerprint,
         "carry the base's licence",
         "| LoRA rank, alpha | 4, 2 |",
@@ -276,6 +278,34 @@ def test_a_card_tells_of_base_licence_training_and_data(lora, base, tmp_path):
     ):
         assert fact in text
     assert str(tmp_path.parent) not in text, "no path of this machine is published"
+
+
+def test_a_card_tells_of_stand_ins_and_of_a_base_from_scratch(directory):
+    data, cards = small_dataset(directory / "by-stand-ins"), {}
+    for name, before, form in (("scratch", None, "full"), ("own", "scratch", "merged"), ("other", "own", "lora")):
+        start = before and directory / f"card-{before}" / "shown.safetensors"
+        run, out = directory / f"stand-ins-{name}", directory / f"card-{name}" / "shown.safetensors"
+        settings = () if start is None else (f"model.weights={start}", *LORA)
+        places = (f"data.datasets.0.path={data}", f"train.run_dir={run}")
+        assert ltx2_train(*SMALL, *STEPS, *places, *settings) == 0
+        export(run, form, out, "--card")
+        cards[name] = (out.parent / "README.md").read_text()
+        assert "# shown\n" in cards[name]
+        assert "stand-ins (video codec dct-1, audio codec dct-1, text encoder hashed-1/40+20)" in cards[name]
+        assert "neither with released weights nor in ComfyUI" in cards[name]
+        for wrong in ("For ComfyUI", "Used as the base is", "(LTX 2", "weights derived from LTX"):
+            assert wrong not in cards[name]
+    assert "These weights were trained from scratch" in cards["scratch"]
+    assert "- base: shown.safetensors (architecture of LTX " in cards["own"]
+    assert "the base is no released file, but was exported from a run that began from scratch" in cards["own"]
+    assert "nothing says that the base is a released file" in cards["other"]
+
+
+def test_a_card_of_a_run_from_scratch_claims_no_base(scratch, tmp_path):
+    export(scratch, "transformer", tmp_path / "card" / "t.safetensors", "--card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert "Trained from scratch: it goes with the codecs and the text encoder that made its data." in text
+    assert "the base" not in text
 
 
 def test_a_card_shows_losses_and_samples_of_the_run(lora, tmp_path):

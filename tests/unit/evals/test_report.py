@@ -1,6 +1,7 @@
 """The report page: complete, self-contained, and true to the files it was made of. The figures here are fabricated."""
 
 import base64
+import html
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from ltx2_train.evals.charts import Level, Series, StepMark, bars, line_chart, n
 from ltx2_train.evals.comparison import differing, short_names, write_comparison
 from ltx2_train.evals.files import dataset_directory, write_json
 from ltx2_train.evals.heldout import HeldoutLosses, heldout_path
+from ltx2_train.evals.identity import differences
 from ltx2_train.evals.report import change, duration, headline, smooth, write_report
 from ltx2_train.evals.runrecord import read_run
 from ltx2_train.evals.samples import samples_directory
@@ -337,8 +339,55 @@ def test_runs_that_were_measured_on_other_clips_are_told_apart(run_dir):
     for place, identity in ((run_dir, OWN), (other, OTHER)):
         for step in (0, 200):
             write_json(heldout_path(place, step), measured(step, 1.0, identity))
+    third = other_run(run_dir, "third")
+    settings = [{"evaluation.datasets.0": name} for name in ("balls", "drums", "balls")]
+    page = write_comparison([run_dir, other, third], run_dir / "both.html", settings).read_text(encoding="utf-8")
+    text = html.unescape(page)
+    difference = f"{differences(OWN, OTHER)}; by their settings drums instead of balls"
+    assert f"Held-out loss: other cannot be compared with a run and third ({difference})." in text
+    table = text[text.index("<h2>What came of it") : text.index("<h2>Samples")]
+    loss = "1.0000 ± 0.1000 at step 200, 0% higher than at step 0"
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in table.split("<tr")[2:]]
+    assert [row for row in rows if len(row) == 1 or row[0] == "held-out loss, video"] == [
+        ["held-out loss of a run and third"],
+        ["held-out loss, video", "", loss, "", loss],
+        ["held-out loss of other"],
+        ["held-out loss, video", "", "", loss, ""],
+    ]
+    charts = re.findall(r"<h3>(Held-out loss, video.*?)</h3>(.*?)</svg>", text)
+    assert [(title, re.findall(r'"line (run\d)"', svg)) for title, svg in charts] == [
+        ("Held-out loss, video: a run and third", ["run0", "run2"]),
+        ("Held-out loss, video: other", ["run1"]),
+    ]
+
+
+def test_runs_that_were_measured_alike_stand_in_one_table_and_one_chart(run_dir):
+    other = other_run(run_dir, "other")
     text = write_comparison([run_dir, other], run_dir / "both.html", [{}, {}]).read_text(encoding="utf-8")
-    assert "other: held-out loss of other clips or settings than those of a run (other data)." in text
+    assert "cannot be compared" not in text
+    assert '<tr class="heading">' not in text
+    assert text.count("<h3>Held-out loss, video</h3>") == 1
+
+
+def test_figures_of_samples_that_were_measured_otherwise_stand_apart_and_their_films_by_caption(run_dir):
+    path = run_dir / "evals" / "samples-00000200" / "samples.json"
+    newest = json.loads(path.read_text()) | {"metrics": {"wobble": figure(3.5)}}
+    path.write_text(json.dumps(newest | {"identity": {"data": "aaaa", "profile": "demo"}}))
+    places = {"profile": {"data": "aaaa", "profile": "hq"}, "data": {"data": "bbbb", "profile": "demo"}}
+    others = []
+    for name, identity in places.items():
+        others.append(other_run(run_dir, name))
+        (others[-1] / path.relative_to(run_dir)).write_text(json.dumps(newest | {"identity": identity}))
+    text = write_comparison([run_dir, *others], run_dir / "all.html", [{}] * 3).read_text(encoding="utf-8")
+    headings = re.findall(r'<tr class="heading"><td.*?>(.*?)</td>', text)
+    assert headings == ["samples of a run", "samples of profile", "samples of data"]
+    films = text[text.index("<h2>Samples") : text.index("<h2>Evaluations")]
+    assert re.findall("<(?:h3|figcaption).*?>(.*?)</", films) == [
+        "a run and profile, from the same noise",
+        *("a run, step 200", "profile, step 200", "real"),
+        "data alone: no other run sampled these",
+        *("data, step 200", "real"),
+    ]
 
 
 def test_a_gap_in_a_series_interrupts_its_line():
@@ -412,6 +461,7 @@ def test_a_caption_is_shown_at_every_evaluated_step_and_each_film_is_in_the_page
         assert text.count(encoded(film)) == 1
     assert text.count(base64.b64encode(MEDIA["00-sampled.mp4"]).decode()) == 1
     assert row.count("data-same=") == 2, "the newest sample and the real clip are in the page already"
+    assert re.findall('<figure class="newest"><figcaption>(.*?)<', row) == ["step 200"]
 
 
 def test_of_many_steps_some_are_shown_and_the_page_says_so(run_dir):
@@ -457,6 +507,19 @@ def test_figures_are_drawn_whatever_their_names(run_dir):
     assert "<h3>wobble</h3>" in table
     assert "<h3>hum</h3>" not in table
     assert "step 0, untrained" in table
+
+
+def test_chance_and_the_first_measurement_are_drawn_apart(run_dir):
+    add_samples(run_dir, 100)
+    text = write_report(run_dir).read_text()
+    chart = text[text.index("<h3>Onset F1 over steps</h3>") :]
+    legend = dict(re.findall(r'<span class="key (.*?)"><i></i>(.*?)</span>', chart[: chart.index("</div>")]))
+    assert legend["chance"] == "chance"
+    assert legend["dashed before"] == "step 100, the first"
+    style = dict(re.findall(r"(\.[\w.]+) \{ (.*?) \}", text))
+    assert style[".chance"] != style[".before"]
+    dashes = [re.search(r"stroke-dasharray: (.*?);", style[name] + ";")[1] for name in (".line.chance", ".level")]
+    assert dashes[0] != dashes[1]
 
 
 def test_what_went_wrong_is_marked_on_the_curves_and_listed(run_dir):
@@ -528,6 +591,25 @@ def test_differences_and_names_are_those_that_matter():
     assert found == [{"name": "b", "values": ["2", "3"]}, {"name": "c", "values": ["–", "4"]}]
     assert short_names([Path("/x/lr/run"), Path("/x/seed/run")]) == ["lr/run", "seed/run"]
     assert short_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert short_names([Path("/x/lr/run"), Path("/x/seed/run"), Path("/x/lora")]) == ["lr/run", "seed/run", "lora"]
+    assert short_names([Path("/a/lr/run"), Path("/b/lr/run")]) == ["a/lr/run", "b/lr/run"]
+    assert short_names([Path("/run"), Path("/x/run"), Path("/x/run")]) == ["/run", "x/run", "x/run"]
+
+
+def test_a_setting_that_one_run_has_not_is_one_row(tmp_path):
+    configs = {
+        "all": "lora: null\nengine: {freeze: [], sequence: 0}\n",
+        "part": "lora: {rank: 4, alpha: null}\nengine: {freeze: [gate], sequence: 1}\n",
+    }
+    for name, text in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text)
+    rows = differing([report.settings_of(tmp_path / name) for name in configs])
+    assert {row["name"]: row["values"] for row in rows} == {
+        "engine.sequence": ["0", "1"],
+        "lora.rank": ["–", "4"],
+        "engine.freeze.0": ["–", "gate"],
+    }
 
 
 def test_more_runs_than_colours_are_refused(run_dir):
