@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Z_95 = 1.96  # half-width of a 95 % interval in standard errors
+Z_95 = 1.96  # half-width of a 95 % interval in standard errors, where there are many
+UPPER = 0.975  # share below the upper end of a 95 % interval
 RESAMPLINGS = 1000
 JACKKNIFE_GROUPS = 16
 TOO_FEW = "too few clips: no interval"
@@ -35,10 +36,12 @@ class Estimate:
 
     @classmethod
     def mean_of(cls, values: Tensor) -> "Estimate":
-        """The mean of one value per clip (N,), interval by the normal approximation.
+        """The mean of one value per clip (N,), interval by Student's t: exact for normal values, however few.
 
         NaN: a clip without a value, left out. Infinite: a clip whose value is not finite; then there is no mean.
         """
+        from scipy.special import stdtrit  # quantile of Student's t
+
         seen = values[~values.isnan()].double()
         if not len(seen):
             return cls.missing("no clip has a value")
@@ -47,7 +50,7 @@ class Estimate:
         mean = float(seen.mean())
         if len(seen) == 1:
             return cls(mean, None, None, 1, "one clip: no interval")
-        half = Z_95 * float(seen.std()) / math.sqrt(len(seen))
+        half = float(stdtrit(len(seen) - 1, UPPER)) * float(seen.std()) / math.sqrt(len(seen))
         return cls(mean, mean - half, mean + half, len(seen), few_clips(range(len(seen))))
 
     @property

@@ -149,6 +149,8 @@ def test_only_the_needed_passes_run_and_in_their_order():
     both = [(SKIP_VIDEO_SELF_ATTN, [1]), (SKIP_AUDIO_SELF_ATTN, [1])]
     assert needed_passes(FULL, FULL)[2].perturbation == both
     assert needed_passes(FULL, plain)[3].perturbation == [(SKIP_A2V, None), (SKIP_V2A, None)]
+    away = GuidanceConfig(stg=-0.5, stg_blocks=[1])
+    assert [p.name for p in needed_passes(away, plain)] == ["cond", "perturbed"]
     paper = GuidanceConfig(cfg=0.0, modality=1.0, scale="paper")
     assert [p.name for p in needed_passes(paper, plain)] == ["cond", "isolated"]
 

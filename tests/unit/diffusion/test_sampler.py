@@ -112,6 +112,30 @@ def test_new_noise_leaves_the_level_that_the_model_expects(sampler, settings):
     assert (left * noise).mean() < 0.75
 
 
+@pytest.mark.parametrize("eta", [0.3, 0.8])
+def test_res_2s_replaces_the_share_eta_of_what_is_left(eta):
+    """With known data the end is signal, what is kept of the old noise, and the last draw brought to mean 0 and 1."""
+    g = torch.Generator().manual_seed(0)
+    clean, noise, *draws = torch.randn(4, 2, 6, 5, generator=g, dtype=torch.float64)
+    units = (draws[1] - draws[1].mean((1, 2), keepdim=True)) / draws[1].std((1, 2), keepdim=True)
+    drawn = iter([draws[0], 3 + 5 * draws[1]])
+    out = sample_res_2s(lambda noisy, sigma: clean, noise, torch.tensor([1.0, 0.25]), lambda: next(drawn), eta=eta)
+    expected = 0.75 * clean + 0.25 * (math.sqrt(1 - eta**2) * noise + eta * units)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "moves"), [([0.8, 0.5], True), ([0.8, 0.47], False), ([0.032, 0.03], True), ([0.028, 0.027], False)]
+)
+def test_the_start_is_moved_in_short_steps_above_the_last_sigmas_only(sigmas, moves):
+    """As published: steps of less than 0.5 in log sigma (a factor of 1.65) that start above 0.03."""
+    noise, draw = torch.randn(2, 1, 4, 2, dtype=torch.float64)
+    with_bong, without = (
+        sample_res_2s(gaussian_denoiser, noise, torch.tensor(sigmas), lambda: draw, bong=bong) for bong in (True, False)
+    )
+    assert torch.equal(with_bong, without) != moves
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_ancestral_steps_converge_to_the_distribution(eta):

@@ -117,7 +117,16 @@ def test_a_clip_is_noised_alike_whatever_stands_beside_it(dataset):
 
 
 def test_another_seed_is_another_noise(dataset):
-    assert on_one_rank(dataset).to_dict() != on_one_rank(dataset, seed=1).to_dict()
+    first, second = (on_one_rank(dataset, seed=seed).video for seed in (0, 1))
+    assert (first != second).all()
+
+
+def test_clips_that_are_alike_have_each_a_noise_of_its_own(tmp_path):
+    alike = random_sample("0", SOUND)
+    write_latent_dataset(tmp_path, [replace(alike, key=f"{i}") for i in range(4)])
+    losses = on_one_rank(open_dataset(tmp_path))
+    for values in (losses.video, losses.audio):
+        assert len(set(values[:, 0].tolist())) == 4
 
 
 def test_a_clip_without_sound_has_no_audio_loss(dataset):
@@ -134,6 +143,14 @@ def test_the_loss_is_that_of_the_stated_sigma(tmp_path):
     write_latent_dataset(tmp_path, [random_sample(f"{i}", Bucket(4, 2, 2, 20)) for i in range(8)])
     losses = on_one_rank(open_dataset(tmp_path), model=LinearModel(0.0))
     assert losses.mean("video").value == pytest.approx(2.0, rel=0.1)
+
+
+def test_the_loss_of_a_clip_is_the_mean_over_its_sigmas():
+    losses = torch.tensor([[1.0, 3.0], [2.0, 6.0]], dtype=torch.float64)
+    plain = HeldoutLosses(("a", "b"), (0.2, 0.8), losses, losses).to_dict()["video"]
+    assert plain["per_clip"] == [2, 4]
+    assert plain["mean"]["mean"] == 3
+    assert [row["mean"] for row in plain["by_sigma"]] == [1.5, 4.5]
 
 
 def test_better_weights_are_told_from_worse_by_paired_clips(dataset):
@@ -215,18 +232,22 @@ def measured_alone(dataset, factor):
     return on_ranks(1, lambda world: measured(dataset, world, LinearModel(factor), **settings))[0]
 
 
-def test_a_loss_that_is_not_finite_is_told_and_not_left_out(dataset):
+@pytest.mark.parametrize(
+    ("modality", "other", "note"),
+    [("video", "audio", "not finite in 2 of 11 clips"), ("audio", "video", "not finite in 1 of 9 clips")],
+)
+def test_a_loss_that_is_not_finite_is_told_and_not_left_out(dataset, modality, other, note):
+    """Of the first of each bucket, one of sound and one of silent clips."""
+
     class Diverged(LinearModel):
         def __call__(self, video, audio, perturbations=None):
             found = super().__call__(video, audio)
-            found.video[0] = math.nan
+            getattr(found, modality)[0] = math.nan
             return found
 
     losses = on_one_rank(dataset, model=Diverged(), batch_size=11)
-    estimate = losses.mean("video")
-    assert estimate.value is None
-    assert estimate.note == "not finite in 2 of 11 clips", "the first of each bucket"
-    assert losses.mean("audio").value is not None
+    assert (losses.mean(modality).value, losses.mean(modality).note) == (None, note)
+    assert losses.mean(other).value is not None
     json.dumps(losses.to_dict(), allow_nan=False)
 
 
@@ -235,6 +256,21 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_clips():
     assert few.low < few.value < few.high
     assert many.half_width < few.half_width
     assert (few.note, many.note) == ("few clips: the interval is rough under 20", "")
+
+
+def test_an_interval_of_few_clips_is_that_of_students_t():
+    """Quantiles in closed form: for two values the Cauchy distribution's, for three (2p - 1) / sqrt(2p (1 - p))."""
+    two, three = (Estimate.mean_of(torch.arange(num)) for num in (2, 3))
+    assert two.half_width == pytest.approx(math.tan(math.pi * 0.475) / 2)
+    assert three.half_width == pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025) / math.sqrt(3))
+
+
+@pytest.mark.parametrize("num", [2, 4, 8, 16])
+def test_an_interval_holds_the_truth_nineteen_times_of_twenty_however_few_the_clips(num):
+    found = [
+        Estimate.mean_of(values) for values in torch.randn(1000, num, generator=torch.Generator().manual_seed(num))
+    ]
+    assert sum(one.low <= 0 <= one.high for one in found) == pytest.approx(950, abs=20)
 
 
 def test_one_clip_has_a_mean_and_no_interval():

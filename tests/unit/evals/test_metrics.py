@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -67,6 +68,15 @@ def test_loudness_leaves_silence_out():
     assert both == pytest.approx(alone, abs=0.3)
     assert integrated_loudness(np.zeros((2, RATE)), RATE) is None
     assert integrated_loudness(np.ones((2, RATE // 4)), RATE) is None, "shorter than a block"
+
+
+@pytest.mark.parametrize(("quieter", "counts"), [(5, True), (11, True), (14, False)])
+def test_loudness_leaves_out_what_is_far_below_the_rest(quieter, counts):
+    """A tone and as long a quieter one: the mean power, unless that one is 10 LU below the mean (3 below the tone)."""
+    share = 10 ** (-quieter / 10)
+    tone = sine(997, amplitude=0.1)
+    alone, both = (integrated_loudness(x[None], RATE) for x in (tone, np.concatenate([tone, share**0.5 * tone])))
+    assert both - alone == pytest.approx(10 * math.log10((1 + share) / 2) if counts else 0, abs=0.3)
 
 
 def test_silence_is_counted_in_time_and_in_clips():
@@ -151,6 +161,11 @@ def test_the_tolerance_decides_what_counts_as_one_event(bounces):
     wide, narrow = (estimated("onset_f1", delayed, tolerance=t)["sampled"]["value"] for t in (0.08, 0.03))
     assert wide > 0.8
     assert narrow < 0.2
+    video, wave = torch.full((3, 49, 16, 16), -1.0), torch.zeros(2, 2 * RATE)
+    video[:, 24:] = 1.0
+    wave[:, round(1.05 * RATE) :][:, :400] = torch.from_numpy(sine(1000, seconds=400 / RATE)).float()
+    found = [estimated("sync_peaks_f1", [clip(wave, video)], tolerance=t)["sampled"]["value"] for t in (0.08, 0.02)]
+    assert found == [1, 0], "a light at 1 s and a click 50 ms later"
 
 
 def test_the_lag_of_a_flash_and_a_click_is_their_distance():
@@ -221,6 +236,13 @@ def test_a_covariance_of_few_rows_is_nearer_to_the_truth_when_shrunk():
     assert np.linalg.eigvalsh(shrunk).min() > 1e-6 > np.linalg.eigvalsh(plain).min()
 
 
+def test_the_shrinkage_is_the_share_of_a_correlation_that_is_chance():
+    """By hand: r = 2 / sqrt 5 and, by the four products of standardised numbers, var r = 1 / 15; so 1 / 12 is chance."""
+    rows = np.array([[1.0, 3.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -3.0]])
+    covariance = 8 / 3 * (1 - 1 / 12)
+    np.testing.assert_allclose(shrunk_covariance(rows), [[4 / 3, covariance], [covariance, 20 / 3]])
+
+
 def test_a_channel_that_never_changes_breaks_nothing():
     rows = normal_rows(np.random.default_rng(3), 12)
     rows[:, 4] = 1.0
@@ -273,6 +295,25 @@ def test_an_interval_of_the_mean_holds_the_truth_nineteen_times_of_twenty():
         found = bootstrap(lambda rows, values=values: float(values[rows].mean()), range(40))
         held += found.low <= 1.0 <= found.high
     assert 51 <= held <= 59
+
+
+def test_an_interval_of_a_mean_is_as_wide_as_the_normal_one_where_clips_are_many():
+    values = np.random.default_rng(8).standard_normal(400)
+    found = bootstrap(lambda rows: float(values[rows].mean()), range(400))
+    assert found.half_width == pytest.approx(NormalDist().inv_cdf(0.975) * values.std() / 20, rel=0.08)
+
+
+def test_leaving_out_one_clip_at_a_time_gives_the_standard_error_of_a_mean():
+    """Of 0, 0, 0 and 8 that is 2; a distance is not below 0."""
+    found = jackknife(lambda rows: float(np.array([0.0, 0, 0, 8])[rows].mean()), range(4))
+    assert (found.value, found.low) == (2, 0)
+    assert found.high == pytest.approx(2 + 2 * NormalDist().inv_cdf(0.975), rel=1e-4)
+
+
+@pytest.mark.parametrize("interval", [bootstrap, jackknife])
+def test_a_warning_of_few_clips_does_not_count_their_seeds(interval):
+    notes = [interval(lambda rows: float(rows.mean()), [*range(num)] * 3).note for num in (10, 20)]
+    assert notes == ["few clips: the interval is rough under 20", ""]
 
 
 def test_samples_of_one_clip_are_drawn_together():

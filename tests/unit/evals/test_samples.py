@@ -27,6 +27,7 @@ from ltx2_train.evals.samples import (
     events,
     peaks,
     request_like,
+    samples_identity,
     strip,
     sync_figures,
 )
@@ -376,6 +377,36 @@ def test_no_events_have_no_score():
     entries = [{side: {"impacts": [], "onsets": []} for side in ("sampled", "real")}] * 3
     found = sync_figures(entries, 0.08, [0, 1, 2])["sampled"]
     assert (found["f1"], found["low"], found["chance"]) == (None, None, None)
+
+
+def test_seeds_of_a_clip_that_are_alike_say_no_more_than_one():
+    """Six clips with an impact each at a time of its own; every second is heard."""
+    entries = [
+        {side: {"impacts": [i], "onsets": [i] if i % 2 else []} for side in ("sampled", "real")} for i in range(6)
+    ]
+    once, often = (sync_figures(entries * seeds, 0.08, [*range(6)] * seeds)["sampled"] for seeds in (1, 4))
+    assert once["low"] < once["f1"] < once["high"]
+    assert [often[name] for name in ("f1", "low", "high")] == [once[name] for name in ("f1", "low", "high")]
+    assert (once["chance"], often["chance"]) == (0, 0), "no two clips agree"
+
+
+def test_all_that_decides_a_sample_is_in_its_identity(dataset):
+    given = {"streams": frozenset(Stream), "config": SamplesConfig(), "weights": "ema"}
+    given["profile"] = SamplerProfile(name="two steps", steps=2)
+    others = [
+        {"weights": "raw"},
+        {"streams": frozenset({Stream.video})},
+        {"profile": SamplerProfile(name="two steps", steps=3)},
+        {"profile": SamplerProfile(name="same steps", steps=2)},
+        *(
+            {"config": SamplesConfig(**one)}
+            for one in ({"clips": 2}, {"seed": 1}, {"seeds": 2}, {"tolerance_ms": 50.0})
+        ),
+    ]
+    same, *different = [samples_identity(dataset, **given | other) for other in [{}, *others]]
+    assert same == samples_identity(dataset, **given)
+    for other, found in zip(others, different, strict=True):
+        assert found != same, other
 
 
 def test_samples_that_are_not_finite_are_refused_by_key(dataset, codecs, tmp_path):
