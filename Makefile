@@ -65,6 +65,7 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS)) $(REINSTALL)
 	echo "  everything else"; $(PIP) --editable '.[dev]' >>$(LOG) 2>&1 || $(FAILED)
 	@echo "$(TORCH_INDEX)" > $(INDEX_RECORD)
 	@$(BIN)/python -c 'import torch; print(f"Ready: torch {torch.__version__},", "CUDA" if torch.cuda.is_available() else "CPU")'
+	@echo "To type commands in a shell of your own: source $(BIN)/activate"
 	@touch $@
 
 demo: setup  ## the whole story on small synthetic clips: make data, train, sample with sound, write a report (about 8 minutes)

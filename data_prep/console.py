@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from ltx2_train.cli.entry import EXIT_ERROR
 from ltx2_train.errors import Ltx2Error
 
 
@@ -34,9 +35,10 @@ def add_replace(arguments: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Run a program; what a user can cause ends it with a message and exit code 1, without a traceback."""
+    """Run a program; what a user can cause ends it with a message and exit code 2, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(argv)
     except Ltx2Error as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)

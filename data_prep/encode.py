@@ -14,11 +14,13 @@ so that training runs without connectors. With --device cuda each worker process
 """
 
 import json
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +48,8 @@ from data_prep.tables import add, table, total
 from data_prep.tars import file_sha256, list_shards, size_of, state_of, write_jsonl
 from data_prep.windows import shard_windows
 from ltx2_train.data.shards import write_shard
-from ltx2_train.errors import DataError
+from ltx2_train.errors import ConfigError, DataError
+from ltx2_train.model.config import CONFIGURATIONS, named_config
 from ltx2_train.record import Sample, TextCache
 from ltx2_train.text import Quantisation
 from ltx2_train.text.encoder import MAX_ROWS
@@ -237,6 +240,8 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--text-quantisation", choices=kinds, default="none", help="of the language model; int8 on a GPU"
     )
+    text = "model that will be trained, of conf/model: sets both text widths to what it takes"
+    parser.add_argument("--model", choices=list(CONFIGURATIONS), help=text)
     parser.add_argument("--video-text-width", type=int, help="of the features beside the video; hashed: 128")
     parser.add_argument("--audio-text-width", type=int, help="of the features beside the audio; hashed: 128")
     parser.add_argument("--fps", type=float, help="bring all clips to this rate; None: each keeps its own mean rate")
@@ -276,12 +281,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     options["key_map"] = parse_key_map(options["key_map"])
     for name, kind in KINDS.items():
         options[name] = options[name] and kind(options[name])
+    if (model := options.pop("model")) is not None:
+        options |= text_widths(model, options)
     config = EncodeConfig(**options)
     counts = encode(raw, out, config, workers, replace)["all"]
     print(table(f"encoded into {out}", counts))
+    print("datasets: " + ", ".join(str(out / split) for split in SPLITS if f"kept_{split}" in counts))
     print(text_sizes(counts, config.text_cache))
+    if config.holdout and f"kept_{HELD_OUT}" not in counts:
+        print(none_held_out(out, config), file=sys.stderr)
     if any(name.startswith("dropped") or name == "caption_cut" for name in counts):
         print(f"each clip that was dropped or cut, and its reason: {out / DROPPED_NAME}")
+
+
+def text_widths(model: str, options: Mapping[str, Any]) -> dict[str, int]:
+    """The options that a named model stands for. Raises `ConfigError` when one of them is given too."""
+    config = named_config(model)
+    widths = {"video_text_width": config.video_connector_width, "audio_text_width": config.audio_connector_width}
+    if any(options[name] is not None for name in widths):
+        numbers = " and ".join(map(str, widths.values()))
+        raise ConfigError(f"--model {model} sets both text widths ({numbers}). Leave --video-text-width and "
+                          "--audio-text-width away, or --model")  # fmt: skip
+    return widths
 
 
 def default_workers(asked: int | None, device: str, cores: int) -> int:
@@ -289,6 +310,15 @@ def default_workers(asked: int | None, device: str, cores: int) -> int:
     if asked is not None or not device.startswith("cuda"):
         return cores if asked is None else asked
     return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+
+
+def none_held_out(out: Path, config: EncodeConfig) -> str:
+    """What a share tells that met none of the sources."""
+    what = f"{config.holdout_by.value}s"
+    return (
+        f"warning: no clip is held out, and there is no {out / HELD_OUT}: --holdout {config.holdout} is drawn for each "
+        f"of the {what} by the hash of its name, and met none that is kept. Of few {what}, hold out N with --holdout-count N"
+    )
 
 
 KINDS = {

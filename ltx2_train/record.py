@@ -145,6 +145,15 @@ def _check_record(sample: Sample) -> None:
         )
 
 
+def _why_no_dataset(directory: Path) -> str:
+    """What a directory without a manifest is instead, and what to do."""
+    if below := sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{MANIFEST_NAME}")):
+        return f"{directory} is the folder around datasets. Name one of them: {', '.join(map(str, below[:8]))}"
+    if any(any(directory.glob(trace)) for trace in ("*.tar*", "settings.json")):  # shards, or what was begun here
+        return f"{directory} is no finished latent dataset. Run data_prep.encode to its end"
+    return f"{directory} holds no latent dataset. Name one that data_prep.encode wrote: train or heldout in its --out"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Where the shards of a dataset came from. Stored as `manifest.json`; a mismatch with a model or codec is refused."""
@@ -172,9 +181,7 @@ class Manifest:
     def load(cls, directory: Path) -> "Manifest":
         path = Path(directory) / MANIFEST_NAME
         if not path.exists():
-            raise DataError(
-                f"{path} is missing: {directory} is no finished latent dataset. Run data_prep.encode to its end"
-            )
+            raise DataError(f"{path} is missing: {_why_no_dataset(Path(directory))}")
         try:
             manifest = cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:

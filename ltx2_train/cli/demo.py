@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return tell(options)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command goes on from here: {shlex.join([PROGRAM, *(argv or sys.argv[1:])])}")
+        print("\nInterrupted. The same command goes on from here.")
         return 130
 
 
@@ -94,16 +95,9 @@ def tell(options: argparse.Namespace) -> int:
 
 def story(options: argparse.Namespace) -> list[Stage]:
     """All stages, in order."""
-    from ltx2_train.model.config import named_config
-
     out, seed = options.out, str(options.seed)
     world, raw, latents, run_dir = out / "world", out / "raw", out / "latents", out / "run"
     bucket = "{width}x{height}".format(**SIZE)
-    model = named_config("demo")
-    widths = [
-        f"--video-text-width={model.video_connector_width}",
-        f"--audio-text-width={model.audio_connector_width}",
-    ]
     size = [f"--{name}={value}" for name, value in SIZE.items()]
     heldout = max(1, min(256, options.clips // 8))
     return [
@@ -123,7 +117,7 @@ def story(options: argparse.Namespace) -> list[Stage]:
             "encode",
             f"Encode them into latents; {heldout} clips are held out",
             "data_prep.encode",
-            (str(raw), "--out", str(latents), f"--buckets={bucket}x{SIZE['frames']};{bucket}x1", *widths)
+            (str(raw), "--out", str(latents), f"--buckets={bucket}x{SIZE['frames']};{bucket}x1", "--model=demo")
             + (f"--holdout-count={heldout}",),
         ),
         Stage(
@@ -145,12 +139,13 @@ def story(options: argparse.Namespace) -> list[Stage]:
 
 
 def run(stage: Stage) -> int:
-    """The exit status of a stage's process. If this process is stopped, so is that one."""
+    """The exit status of a stage's process. If this process is stopped, so is that one, and its end is waited for."""
     with subprocess.Popen([sys.executable, "-m", stage.module, *stage.arguments]) as process:
         try:
             return process.wait()
         except BaseException:
             process.terminate()
+            process.wait()  # training saves first; leaving the context waits for no more than a moment
             raise
 
 
@@ -194,7 +189,12 @@ def summary(out: Path, state: dict[str, Any]) -> list[str]:
     rows += [("the run", str(run_dir)), ("latents", str(out / "latents")), ("media files", str(out / "world"))]
     lines += [f"  {name:<32} {text}" for name, text in rows]
     prompt = record.samples["clips"][0]["caption"] if record.samples else ""
-    return [*lines, "", "Sample your own: " + shlex.join(["ltx2-sample", str(run_dir), "--prompt", prompt])]
+    return [*lines, "", "Sample your own: " + shlex.join([typed("ltx2-sample"), str(run_dir), "--prompt", prompt])]
+
+
+def typed(name: str) -> str:
+    """How one types a program here: by its name, or where the virtual environment is not active, by its path."""
+    return name if shutil.which(name) else str(Path(sys.executable).with_name(name))
 
 
 if __name__ == "__main__":

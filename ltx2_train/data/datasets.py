@@ -1,7 +1,7 @@
 """A latent dataset: its manifest, its index, its null context, and its samples by number."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,18 +159,35 @@ def check_compatible(
     audio_text_width: int | None = None,
     text_cache: str | None = None,
 ) -> None:
-    """Raises `DataError` unless a dataset was made with what `against` expects. None: anything goes.
+    """Raises `DataError` naming all differences, unless a dataset was made with what `against` expects. None: any.
 
     All generations of the model have latents of the same shape, so only this provenance tells them apart.
     """
     expected = (video_codec, audio_codec, text_encoder, video_text_width, audio_text_width, text_cache)
-    for setting, wanted in zip(PROVENANCE, expected, strict=True):
-        found = getattr(manifest, setting)
-        if wanted is not None and found != wanted:
-            raise DataError(
-                f"{name} was encoded with {setting} {found!r}; {against} has {wanted!r}. "
-                f"Encode it again with data_prep.encode, or use what belongs to {found!r}"
-            )
+    wanted = {
+        setting: value
+        for setting, value in zip(PROVENANCE, expected, strict=True)
+        if value not in (None, getattr(manifest, setting))
+    }
+    if wanted:
+        found = {setting: getattr(manifest, setting) for setting in wanted}
+        raise DataError(
+            f"{name} was encoded with {_listed(found)}; {against} has {_listed(wanted)}. "
+            f"Encode it again with data_prep.encode{_width_options(wanted, manifest)}, or use what it was made for"
+        )
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{setting} {value}" for setting, value in settings.items())
+
+
+def _width_options(wanted: Mapping[str, Any], manifest: Manifest) -> str:
+    """The options of data_prep.encode that mend text widths; those of another text encoder come with it."""
+    widths = ("video_text_width", "audio_text_width")
+    if "text_encoder" in wanted or wanted.keys().isdisjoint(widths):
+        return ""
+    options = [f"--{name.replace('_', '-')}={wanted.get(name, getattr(manifest, name))}" for name in widths]
+    return f" and its embedded text encoder ({' '.join(options)})"
 
 
 def check_mixture(datasets: Sequence[LatentDataset]) -> None:

@@ -42,6 +42,25 @@ def test_an_unfinished_dataset_is_refused(tmp_path):
         open_dataset(tmp_path)
 
 
+def test_the_folder_around_datasets_is_refused_with_their_names(tmp_path):
+    for name in ("train", "heldout"):
+        write_latent_dataset(tmp_path / name, samples())
+    with pytest.raises(DataError, match=f"Name one of them: {tmp_path}/heldout, {tmp_path}/train$"):
+        open_dataset(tmp_path)
+
+
+def test_a_folder_without_latents_is_not_called_unfinished(tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    with pytest.raises(DataError, match="holds no latent dataset") as refused:
+        open_dataset(tmp_path / "clips")
+    assert "to its end" not in str(refused.value)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "settings.json").touch()  # what data_prep.encode writes first
+    with pytest.raises(DataError, match="no finished latent dataset"):
+        open_dataset(tmp_path / "begun")
+
+
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such directory"):
         open_dataset(tmp_path / "nowhere")
@@ -85,6 +104,20 @@ def test_another_generation_is_refused_naming_both(setting):
 def test_a_dataset_of_the_same_kind_is_accepted():
     manifest = manifest_for(samples(1)[0])
     check_compatible("clips", manifest, video_codec="dct-1", audio_codec="dct-1", video_text_width=32)
+
+
+def test_all_differences_come_in_one_message_with_the_options_that_mend_the_widths():
+    manifest = manifest_for(samples(1)[0])
+    with pytest.raises(DataError) as refused:
+        check_compatible("clips", manifest, against="demo", video_codec="x", video_text_width=192, audio_text_width=160)
+    told = str(refused.value)
+    assert "video_codec dct-1, video_text_width 32, audio_text_width 16; demo has video_codec x, video_text" in told
+    assert "(--video-text-width=192 --audio-text-width=160)" in told
+    with pytest.raises(DataError, match=r"\(--video-text-width=192 --audio-text-width=16\)"):  # one alone is half
+        check_compatible("clips", manifest, video_text_width=192, audio_text_width=16)
+    with pytest.raises(DataError) as refused:
+        check_compatible("clips", manifest, text_encoder="gemma3:1", video_text_width=192)
+    assert "--video-text-width" not in str(refused.value)  # they are those of the encoder
 
 
 def test_datasets_of_different_kinds_do_not_mix(tmp_path):

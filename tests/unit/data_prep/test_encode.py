@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep import console
 from data_prep import encode as encode_module
 from data_prep.buckets import parse_buckets
 from data_prep.dropped import EmptyCaption
@@ -23,6 +24,7 @@ from data_prep.pack import PackConfig, pack
 from data_prep.raw import parse_key_map
 from data_prep.splits import HoldoutBy, name_hash
 from data_prep.tars import file_sha256, write_tar
+from ltx2_train.cli.entry import EXIT_ERROR
 from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.codecs.resample import to_stereo
 from ltx2_train.data.datasets import open_dataset
@@ -31,6 +33,7 @@ from ltx2_train.geometry import audio_latent_length
 from ltx2_train.media.audio import read_audio
 from ltx2_train.media.video import read_video
 from ltx2_train.media.write import write_flac, write_mp4
+from ltx2_train.model.config import named_config
 from ltx2_train.record import Sample, TextFeatures
 from ltx2_train.text import build_text_encoder
 from tests.unit.media.media_files import (
@@ -266,6 +269,34 @@ def test_held_out_captions_are_none_that_training_sees(foreign, tmp_path, clip, 
     assert seen | unseen == set(texts)
     assert not seen & unseen
     assert "holdout_count" not in how or unseen == set(sorted(seen | unseen, key=name_hash)[:2])
+
+
+@pytest.mark.parametrize(("share", "is_warned"), [("0.000001", True), ("0.5", False)])
+def test_a_share_that_meets_no_source_is_told_with_the_way_out(raw, tmp_path, capsys, share, is_warned):
+    main([str(raw), "--out", str(tmp_path), "--buckets", "64x64x17;64x64x1", "--holdout", share, "--workers", "1"])
+    printed = capsys.readouterr()
+    assert ("no clip is held out" in printed.err and "--holdout-count N" in printed.err) == is_warned
+    datasets = [str(tmp_path / "train")] + [str(tmp_path / "heldout")] * (not is_warned)
+    assert f"datasets: {', '.join(datasets)}\n" in printed.out
+    assert (tmp_path / "heldout").exists() != is_warned
+
+
+def test_a_named_model_gives_the_text_widths_that_it_takes(raw, tmp_path):
+    arguments = [str(raw), "--out", str(tmp_path), "--buckets", "64x64x17;64x64x1", "--model", "tiny"]
+    with pytest.raises(ConfigError, match=r"--model tiny sets both text widths \(40 and 20\)"):
+        main([*arguments, "--audio-text-width", "20"])
+    main([*arguments, "--workers", "1"])
+    manifest, model = open_dataset(tmp_path / "train").manifest, named_config("tiny")
+    widths = model.video_connector_width, model.audio_connector_width
+    assert (manifest.video_text_width, manifest.audio_text_width) == widths == (40, 20)
+    assert "model" not in manifest.settings  # it is the same dataset as with the widths given
+
+
+def test_a_mistake_ends_the_programs_with_the_exit_code_of_all_others(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        console.run(main, [str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), "--buckets", "64x64x17"])
+    assert stop.value.code == EXIT_ERROR == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_holding_out_everything_is_refused(raw, tmp_path, config):

@@ -170,7 +170,7 @@ def test_features_and_contexts_do_not_mix(shard, released, encoded):
     datasets = [open_dataset(directory / "train") for directory in directories]
     with pytest.raises(DataError, match="was encoded with text_encoder"):
         check_mixture(datasets)
-    with pytest.raises(DataError, match=r"was encoded with text_cache 'context'; the model has 'features'"):
+    with pytest.raises(DataError, match=r"was encoded with text_cache context; the model has text_cache features"):
         check_compatible("clips", datasets[1].manifest, text_cache="features")
     with pytest.raises(ConfigError, match=r"text_cache: features there, context now"):
         encode([shard], directories[0], released("2.5", text_cache=TextCache.CONTEXT))
