@@ -4,6 +4,7 @@ Impacts are for clips in which one bright or coloured thing falls and bounces be
 the energy of motion stands beside the strength of onsets: their correlation, its lag, and their peaks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,20 +100,24 @@ def onsets(mel: Tensor, front: LogMel | None = None) -> list[float]:
     from scipy.signal import find_peaks
 
     front = front or LogMel(floor=MEL_FLOOR)
-    rise = _rise(mel)
+    rise = _rise(mel, front)
     if not len(rise):
         return []
     peaks, _ = find_peaks(rise, height=max(MIN_RISE, RELATIVE_RISE * rise.max()), distance=ONSET_DISTANCE)
     return [peak * front.hop / front.sample_rate + ONSET_DELAY for peak in peaks]
 
 
-def _rise(mel: Tensor) -> NDArray[np.float64]:
-    """(T,) how much each frame of (2, T, M) lies above the one two before, mean over the bins; empty if too short."""
+def _rise(mel: Tensor, front: LogMel) -> NDArray[np.float64]:
+    """(T,) how much each frame of (2, T, M) lies above the one two before, mean over the bins; empty if too short.
+
+    A window over the end of the sound sees it reflected, which sounds like an onset: frames with such a window rise by 0.
+    """
     values = mel.detach().double().cpu().clamp(min=float(np.log(MEL_FLOOR))).amax(dim=0)
     if len(values) <= RISE_FRAMES:
         return np.empty(0)
     rise = np.zeros(len(values))
     rise[RISE_FRAMES:] = (values[RISE_FRAMES:] - values[:-RISE_FRAMES]).clamp(min=0).mean(dim=1).numpy()
+    rise[-math.ceil(front.n_fft / 2 / front.hop) :] = 0
     return rise
 
 
@@ -141,7 +146,8 @@ def motion_energy(video: Tensor) -> Tensor:
 
 def onset_strength(waveform: Tensor, sample_rate: int) -> Tensor:
     """(T,) nats: the rise of the log-mel spectrum of (2, N), one value per hop of 10 ms; empty if it is too short."""
-    return torch.from_numpy(_rise(LogMel(floor=MEL_FLOOR)(waveform, sample_rate)))
+    front = LogMel(floor=MEL_FLOOR)
+    return torch.from_numpy(_rise(front(waveform, sample_rate), front))
 
 
 def curves(energy: Tensor, strength: Tensor, fps: float) -> Curves | None:

@@ -110,6 +110,14 @@ def test_an_onset_is_a_rise_that_can_be_heard_and_its_echo_is_none():
     assert sync.onsets(steps((40, 1.0), (60, 0.6))) == at(40, 60)
 
 
+@pytest.mark.parametrize("hz", [200.0, 1000.0, 3000.0])
+def test_sound_that_goes_on_to_the_end_sets_in_once(hz):
+    """The end of the sound is no onset, though the window there sees it reflected."""
+    times = torch.arange(2 * 16000) / 16000
+    wave = 0.5 * torch.sin(2 * torch.pi * hz * times) * (times > 1.05)
+    assert sync.waveform_onsets(wave.expand(2, -1), 16000) == [pytest.approx(1.05, abs=0.01)]
+
+
 def test_sound_in_one_channel_sets_in_as_much_as_in_both():
     wave = torch.zeros(2, 16000)
     wave[0, 8000:] = torch.sin(torch.arange(8000) * 0.4)
