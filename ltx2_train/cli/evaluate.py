@@ -315,11 +315,13 @@ def _sample(config: "SamplesConfig", trained: "Trained", task: _Task, world: "Wo
 
 
 def _sync_line(name: str, figures: dict[str, Any]) -> str:
+    from ltx2_train.evals.history import number_of
+
     chance = "" if figures["chance"] is None else f"chance {figures['chance']:.3f}, "
     return (
         f"  {name:<8} onset F1 at ±{figures['tolerance_ms']:.0f} ms: {_figure({'value': figures['f1'], **figures}, 3)}  "
         f"({chance}{figures['impacts']} impacts seen, "
-        f"{figures['onsets']} onsets heard, {figures['matched']} matched, {figures['clips']} clips)"
+        f"{figures['onsets']} onsets heard, {figures['matched']} matched, {number_of(figures)})"
     )
 
 

@@ -10,12 +10,14 @@ from ltx2_train.evals.charts import Level, Series, line_chart
 from ltx2_train.evals.embedding import Media
 from ltx2_train.evals.heldout import MODALITIES
 from ltx2_train.evals.history import (
-    best_losses,
+    KINDS,
+    best_kind,
     estimate_line,
     estimate_text,
     figures_of,
     film_cell,
     loss_line,
+    losses_of,
 )
 from ltx2_train.evals.identity import Identity, differences, heldout_of, samples_of
 from ltx2_train.evals.report import MEDIA_BYTES, change, duration, loss_text, render, smooth
@@ -105,7 +107,7 @@ def names_of(pairs: "Sequence[Named]", group: Sequence[int]) -> str:
 
 
 def _heldout_identity(run: RunRecord) -> Identity:
-    return heldout_of(run.heldout[-1]) if run.heldout else {}
+    return {**heldout_of(run.heldout[-1]), "weights": KINDS[best_kind(run)]} if run.heldout else {}
 
 
 def _samples_identity(run: RunRecord) -> Identity:
@@ -152,9 +154,9 @@ def figure_rows(pairs: "Sequence[Named]") -> list[dict[str, Any]]:
 
 
 def _loss_rows(runs: "Sequence[RunRecord | None]") -> list[dict[str, Any]]:
-    return _with_values(
-        [_row(f"held-out loss, {modality}", "", runs, _final_loss, modality) for modality in MODALITIES]
-    )
+    kind = next(KINDS[best_kind(run)] for run in runs if run)
+    rows = [_row(f"held-out loss, {modality} ({kind})", "", runs, _final_loss, modality) for modality in MODALITIES]
+    return _with_values(rows)
 
 
 def _sample_rows(runs: "Sequence[RunRecord | None]") -> list[dict[str, Any]]:
@@ -172,14 +174,13 @@ def _row(name: str, unit: str, runs: "Sequence[RunRecord | None]", of: Any, key:
 
 def _final_loss(run: RunRecord, modality: str) -> str:
     """With its step, and how far it lies from the first evaluation."""
-    if not run.heldout:
+    (first_step, first), (last_step, last) = (losses_of(run, best_kind(run))[i] for i in (0, -1))
+    before, after = (losses[modality]["mean"] for losses in (first, last))
+    if after["mean"] is None:
         return "–"
-    first, last = (best_losses(run.heldout[i])[modality]["mean"] for i in (0, -1))
-    if last["mean"] is None:
-        return "–"
-    text = f"{loss_text(last)} at step {run.heldout[-1]['step']}"
-    known = len(run.heldout) > 1 and first["mean"] is not None
-    return f"{text}, {change(first['mean'], last['mean'])} than at step {run.heldout[0]['step']}" if known else text
+    text = f"{loss_text(after)} at step {last_step}"
+    known = first is not last and before["mean"] is not None
+    return f"{text}, {change(before['mean'], after['mean'])} than at step {first_step}" if known else text
 
 
 def _final_figure(run: RunRecord, name: str) -> str:
@@ -213,7 +214,7 @@ def _heldout_charts(pairs: Sequence[Named]) -> list[dict[str, str]]:
             lines = []
             for i in group:
                 name, run = pairs[i]
-                entries = [(e["step"], best_losses(e)[modality]["mean"]) for e in run.heldout]
+                entries = [(step, losses[modality]["mean"]) for step, losses in losses_of(run, best_kind(run))]
                 lines.append(loss_line(entries, name, _style(i)))
             found.append((_title(f"Held-out loss, {modality}", pairs, group, groups), lines, "held-out loss", True))
     return _drawn(found)

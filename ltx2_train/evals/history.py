@@ -13,15 +13,22 @@ Chart = dict[str, str]
 Marks = Sequence[StepMark]
 
 
-def best_losses(entry: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation's losses of the moving average, where there is one, else of the trained weights."""
-    found: dict[str, Any] = entry.get("ema") or entry["raw"]
-    return found
+KINDS = {"ema": "averaged weights", "raw": "trained weights"}
+
+
+def best_kind(run: RunRecord) -> str:
+    """Of which weights the losses are that stand for a run: the moving average where its newest evaluation has one."""
+    return "ema" if run.heldout[-1].get("ema") else "raw"
+
+
+def losses_of(run: RunRecord, kind: str) -> list[tuple[int, dict[str, Any]]]:
+    """(step, losses) of every evaluation that measured that kind of weights. Kinds are never mixed in one series."""
+    return [(entry["step"], entry[kind]) for entry in run.heldout if entry.get(kind)]
 
 
 def first_name(step: int) -> str:
-    """What the first measurement is called: untrained at step 0."""
-    return "step 0, untrained" if step == 0 else f"step {step}, the first"
+    """What the first measurement is called. At step 0 the weights may be drawn, or released ones."""
+    return "step 0, before training" if step == 0 else f"step {step}, the first"
 
 
 def spread_out(entries: Sequence[Any]) -> list[Any]:
@@ -65,11 +72,12 @@ def _bare(line: Series) -> Series:
 
 
 def _over_steps(run: RunRecord, modality: str, marks: Marks) -> str:
-    entries = [(e["step"], best_losses(e)[modality]["mean"]) for e in run.heldout]
-    lines = [loss_line(entries, "averaged weights" if "ema" in run.heldout[-1] else "trained weights", modality)]
-    if "ema" in run.heldout[-1]:
-        raw = [(e["step"], e["raw"][modality]["mean"]) for e in run.heldout if e.get("raw")]
-        lines.append(_bare(loss_line(raw, "trained weights", f"{modality} raw")))
+    kind = best_kind(run)
+    entries = [(step, losses[modality]["mean"]) for step, losses in losses_of(run, kind)]
+    lines = [loss_line(entries, KINDS[kind], modality)]
+    if kind == "ema":
+        raw = [(step, losses[modality]["mean"]) for step, losses in losses_of(run, "raw")]
+        lines.append(_bare(loss_line(raw, KINDS["raw"], f"{modality} raw")))
     first = entries[0][1]["mean"]
     levels = [] if first is None else [Level(first_name(entries[0][0]), first, "before")]
     return line_chart(lines, x_label="step", y_label="held-out loss", levels=levels, marks=marks)
@@ -77,8 +85,9 @@ def _over_steps(run: RunRecord, modality: str, marks: Marks) -> str:
 
 def _by_sigma_over_steps(run: RunRecord, modality: str, marks: Marks) -> str:
     """A line per noise level, of the evaluations that have the newest one's."""
-    sigmas = best_losses(run.heldout[-1])["sigmas"]
-    alike = [(e["step"], best_losses(e)) for e in run.heldout if best_losses(e)["sigmas"] == sigmas]
+    measured = losses_of(run, best_kind(run))
+    sigmas = measured[-1][1]["sigmas"]
+    alike = [(step, losses) for step, losses in measured if losses["sigmas"] == sigmas]
     lines = []
     for i, sigma in enumerate(sigmas):
         found = [(step, losses[modality]["by_sigma"][i]) for step, losses in alike]
@@ -88,6 +97,12 @@ def _by_sigma_over_steps(run: RunRecord, modality: str, marks: Marks) -> str:
 
 
 # -- figures of samples ------------------------------------------------------------------------------------------------
+
+
+def number_of(side: dict[str, Any]) -> str:
+    """Of how many clips the figures of sync are, and of how many samples of each where there are several."""
+    clips, samples = side["clips"], side.get("samples", side["clips"])
+    return f"{clips} clips" if samples == clips else f"{samples} samples of {clips} clips"
 
 
 def sync_chart(run: RunRecord, marks: Marks) -> str:

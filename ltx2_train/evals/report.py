@@ -12,12 +12,15 @@ from ltx2_train.evals.charts import Mark, Series, StepMark, bars, line_chart, nu
 from ltx2_train.evals.embedding import Media
 from ltx2_train.evals.heldout import MODALITIES, paired_change
 from ltx2_train.evals.history import (
-    best_losses,
+    KINDS,
+    best_kind,
     first_name,
     heldout_charts,
     loss_line,
+    losses_of,
     metric_charts,
     metrics_table,
+    number_of,
     rows_over_time,
     sync_chart,
 )
@@ -96,27 +99,29 @@ def _facts(run: RunRecord) -> list[str]:
 def headline(run: RunRecord) -> list[dict[str, str]]:
     """The figures that come first: what was learned, and whether picture and sound agree."""
     tiles = []
-    first, last = _before_and_after(run)
-    if last:
-        tiles += [tile for modality in MODALITIES if (tile := _loss_tile(first, last, modality))]
+    if run.heldout:
+        tiles += [tile for modality in MODALITIES if (tile := _loss_tile(run, modality))]
     samples = run.samples or {}
     if samples.get("sync"):
         sampled = samples["sync"]["sampled"]
-        note = f"chance {figure(sampled['chance'])}, ±{sampled['tolerance_ms']:.0f} ms, {samples['count']} clips"
+        note = f"chance {figure(sampled['chance'])}, ±{sampled['tolerance_ms']:.0f} ms, {number_of(sampled)}"
         value = figure(sampled["f1"])
         tiles.append({"label": "sound meets picture (onset F1)", "value": value, "note": note, "style": "ink"})
     return tiles
 
 
-def _loss_tile(first: dict[str, Any] | None, last: dict[str, Any], modality: str) -> dict[str, str]:
+def _loss_tile(run: RunRecord, modality: str) -> dict[str, str]:
     """The last held-out loss of a modality, beside the first one; nothing where the clips do not have it."""
-    after = last[modality]["mean"]
+    kind = best_kind(run)
+    measured = losses_of(run, kind)
+    before, after = (losses[modality]["mean"] for _, losses in (measured[0], measured[-1]))
     tile = {"label": f"held-out loss, {modality}", "value": "–", "style": modality}
     if after["mean"] is None:
         return tile | {"note": after["note"]} if after["count"] else {}
-    tile["value"] = f"{after['mean']:.3f}"
-    before = None if first is None or first is last else first[modality]["mean"]["mean"]
-    return tile if before is None else tile | {"note": f"from {before:.3f}: {change(before, after['mean'])}"}
+    tile |= {"value": f"{after['mean']:.3f}", "note": KINDS[kind]}
+    if len(measured) > 1 and before["mean"] is not None:
+        tile["note"] += f", from {before['mean']:.3f}: {change(before['mean'], after['mean'])}"
+    return tile
 
 
 def _wait_tile(run: RunRecord) -> list[dict[str, str]]:
@@ -158,12 +163,6 @@ def _column(lines: Sequence[dict[str, Any]], key: str) -> list[float]:
 # -- held-out loss -----------------------------------------------------------------------------------------------------
 
 
-def _before_and_after(run: RunRecord) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The best-known weights (EMA where there are any) of the first and of the last evaluation."""
-    found = [best_losses(entry) for entry in run.heldout]
-    return (found[0], found[-1]) if found else (None, None)
-
-
 def _heldouts(run: RunRecord, marks: Sequence[StepMark]) -> list[dict[str, Any]]:
     """The losses on every held-out dataset, the run's first one first, each with its title."""
     found = [("Held-out loss", _heldout(run, marks))]
@@ -183,21 +182,29 @@ def _notes(run: RunRecord) -> list[str]:
 
 def _heldout(run: RunRecord, marks: Sequence[StepMark]) -> dict[str, Any] | None:
     """Table rows, a chart per modality of the first against the last measurement, and charts over steps."""
-    first, last = _before_and_after(run)
-    if not first or not last:
+    if not run.heldout:
         return None
-    steps = run.heldout[0]["step"], run.heldout[-1]["step"]
-    drawn = [_heldout_chart(m, first, last, steps) for m in MODALITIES] + heldout_charts(run, marks)
+    measured = losses_of(run, best_kind(run))
+    drawn = [_heldout_chart(m, measured) for m in MODALITIES] + heldout_charts(run, marks)
     charts = [chart for chart in drawn if chart["svg"]]
-    rows = [_heldout_row(e["step"], w, e[w], first, steps[0]) for e in run.heldout for w in ("raw", "ema") if e.get(w)]
-    return {"rows": rows, "clips": last["clips"], "charts": charts}
+    rows = [_heldout_row(run, entry, kind) for entry in run.heldout for kind in ("raw", "ema") if entry.get(kind)]
+    return {"rows": rows, "clips": _counted(measured[-1][1]), "charts": charts}
 
 
-def _heldout_row(
-    step: int, weights: str, losses: dict[str, Any], first: dict[str, Any], first_step: int
-) -> dict[str, Any]:
-    """Losses of one measurement, and how they differ from the first, clip by clip."""
-    row: dict[str, Any] = {"step": step, "weights": weights, "baseline": step == first_step}
+def _counted(losses: dict[str, Any]) -> str:
+    """How many clips there are, in how many of them a modality is, and what is to be said about the means."""
+    means = {modality: losses[modality]["mean"] for modality in MODALITIES}
+    told = [f"{losses['clips']} clips"]
+    told += [f"{name} in {one['count']} of them" for name, one in means.items() if one["count"] < losses["clips"]]
+    notes = dict.fromkeys(one["note"] for one in means.values() if one["count"] and one["note"])
+    return ", ".join(told) + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _heldout_row(run: RunRecord, entry: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Losses of one measurement, and how they differ from the first of the same kind of weights, clip by clip."""
+    step, losses = entry["step"], entry[kind]
+    first_step, first = losses_of(run, kind)[0]
+    row: dict[str, Any] = {"step": step, "weights": KINDS[kind], "baseline": step == run.heldout[0]["step"]}
     for modality in MODALITIES:
         paired = paired_change(first, losses, modality) if step != first_step else None
         text = (
@@ -211,15 +218,14 @@ def _heldout_row(
     return row
 
 
-def _heldout_chart(
-    modality: str, first: dict[str, Any], last: dict[str, Any], steps: tuple[int, int]
-) -> dict[str, str]:
+def _heldout_chart(modality: str, measured: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, str]:
     def line(losses: dict[str, Any], name: str, style: str) -> Series:
         return loss_line(list(zip(losses["sigmas"], losses[modality]["by_sigma"], strict=True)), name, style)
 
-    lines = [line(last, f"step {steps[1]}", modality)]
-    if first is not last:
-        lines.insert(0, line(first, first_name(steps[0]), "before"))
+    (first_step, first), (last_step, last) = measured[0], measured[-1]
+    lines = [line(last, f"step {last_step}", modality)]
+    if len(measured) > 1:
+        lines.insert(0, line(first, first_name(first_step), "before"))
     return {
         "title": f"{modality}, by sigma",
         "svg": line_chart(lines, x_label="sigma (1 = noise)", y_label="held-out loss"),
@@ -352,7 +358,7 @@ def _sync(sync: dict[str, Any] | None) -> dict[str, Any] | None:
         ("real, through the codec", real["f1"], real.get("low"), real.get("high"), "before"),
     ]
     told = {name: {key: figure(side[key]) for key in ("f1", "chance")} for name, side in sync.items()}
-    table = [{"name": name, **sync[name], **told[name]} for name in ("sampled", "real")]
+    table = [{"name": name, "of": number_of(sync[name]), **sync[name], **told[name]} for name in ("sampled", "real")]
     return {
         "svg": bars([row for row in rows if row[1] is not None]),
         "rows": table,

@@ -439,7 +439,8 @@ def _sync_of(sides: Sequence[dict[str, Any]], tolerance: float, clips: Sequence[
     counts = np.array([match_counts(a, b, tolerance) for a, b in zip(seen, heard, strict=True)])
     score = bootstrap(lambda drawn: share_of(counts, drawn), numbers)
     return {
-        "clips": result.num_clips,
+        "clips": len(set(numbers)),
+        "samples": result.num_clips,
         "tolerance_ms": 1000 * result.tolerance,
         "f1": result.f1,
         "low": score.low,

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[3]
 MEDIA = {"00-sampled.mp4": b"sampled film", "00-real.mp4": b"real film", "strip.png": b"frames", "sheet.png": b"sheet"}
 
 
-def estimate(mean: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean * 0.9, "high": mean * 1.1}
+def estimate(mean: float) -> dict:
+    return {"mean": mean, "low": mean * 0.9, "high": mean * 1.1, "count": 3, "note": ""}
 
 
 def losses(mean: float) -> dict:
@@ -80,6 +80,7 @@ def run_dir(tmp_path: Path) -> Path:
     for name, content in MEDIA.items():
         (media / name).write_bytes(content)
     figures = {"f1": 0.61, "chance": 0.21, "impacts": 40, "onsets": 44, "matched": 26, "tolerance_ms": 80.0}
+    figures |= {"clips": 8, "samples": 8}
     clip = {"key": "k", "caption": "a <red> ball", "seed": 1, "sampled": side("sampled"), "real": side("real")}
     samples = {"step": 200, "weights": "ema", "profile": "demo", "count": 8, "clips": [clip], "sheet": "sheet.png"}
     (media / "samples.json").write_text(json.dumps(samples | {"sync": {"sampled": figures, "real": figures}}))
@@ -348,16 +349,57 @@ def test_runs_that_were_measured_on_other_clips_are_told_apart(run_dir):
     table = text[text.index("<h2>What came of it") : text.index("<h2>Samples")]
     loss = "1.0000 ± 0.1000 at step 200, 0% higher than at step 0"
     rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in table.split("<tr")[2:]]
-    assert [row for row in rows if len(row) == 1 or row[0] == "held-out loss, video"] == [
+    assert [row for row in rows if len(row) == 1 or row[0].startswith("held-out loss, video")] == [
         ["held-out loss of a run and third"],
-        ["held-out loss, video", "", loss, "", loss],
+        ["held-out loss, video (averaged weights)", "", loss, "", loss],
         ["held-out loss of other"],
-        ["held-out loss, video", "", "", loss, ""],
+        ["held-out loss, video (averaged weights)", "", "", loss, ""],
     ]
     charts = re.findall(r"<h3>(Held-out loss, video.*?)</h3>(.*?)</svg>", text)
     assert [(title, re.findall(r'"line (run\d)"', svg)) for title, svg in charts] == [
         ("Held-out loss, video: a run and third", ["run0", "run2"]),
         ("Held-out loss, video: other", ["run1"]),
+    ]
+
+
+def test_each_kind_of_weights_is_set_against_its_own_beginning(run_dir):
+    """At first an average lags behind: trained weights beside it would look better than they are."""
+    for step, raw, ema in ((0, 2.0, 3.0), (200, 2.1, 2.5)):
+        entry = {"step": step, "raw": losses(raw), "ema": losses(ema)}
+        write_json(heldout_path(run_dir, step), entry)
+    page = html.unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    rows = re.findall(r"<td>200</td><td>(\w+ weights)</td>\s*<td>.*?</td><td>(.*?)</td>", page)
+    assert rows == [("trained weights", "+0.1000 ± 0.0000"), ("averaged weights", "−0.5000 ± 0.0000")]
+    assert "averaged weights, from 3.000: 17% lower" in page
+
+
+def test_runs_without_an_average_stand_apart_from_those_with_one(run_dir):
+    other = other_run(run_dir, "other")
+    for step in (0, 200):
+        write_json(heldout_path(other, step), {"step": step, "raw": losses(1.0)})
+    page = html.unescape(
+        write_comparison([run_dir, other], run_dir / "both.html", [{}, {}]).read_text(encoding="utf-8")
+    )
+    assert "other cannot be compared with a run (weights trained weights instead of averaged weights)" in page
+    assert "held-out loss, video (averaged weights)" in page
+    assert "held-out loss, video (trained weights)" in page
+
+
+def test_how_many_clips_are_behind_a_figure_is_told(run_dir):
+    path = heldout_path(run_dir, 200)
+    found = json.loads(path.read_text())
+    found["ema"]["audio"]["mean"] |= {"count": 2, "note": "few clips: the interval is rough under 20"}
+    write_json(path, found)
+    path = run_dir / "evals" / "samples-00000200" / "samples.json"
+    samples = json.loads(path.read_text())
+    samples["sync"]["sampled"] |= {"clips": 2, "samples": 8}
+    write_json(path, samples)
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "3 clips, audio in 2 of them (few clips: the interval is rough under 20). Training never sees them" in page
+    assert "±80 ms, 8 samples of 2 clips" in page
+    assert re.findall(r"<td>(sampled|real)</td><td class=\"left\">(.*?)</td>", page)[-2:] == [
+        ("sampled", "8 samples of 2 clips"),
+        ("real", "8 clips"),
     ]
 
 
@@ -506,7 +548,7 @@ def test_figures_are_drawn_whatever_their_names(run_dir):
     assert "few clips: wobble, hum" in table
     assert "<h3>wobble</h3>" in table
     assert "<h3>hum</h3>" not in table
-    assert "step 0, untrained" in table
+    assert "step 0, before training" in table
 
 
 def test_chance_and_the_first_measurement_are_drawn_apart(run_dir):
@@ -583,7 +625,7 @@ def test_several_runs_are_overlaid_and_stand_side_by_side(run_dir):
     captions = re.findall("<figcaption>(.*?)</figcaption>", text)
     assert captions == ["a run, step 200", "other, step 200", "real"]
     assert "0.5000 ± 0.0500 at step 200, 67% lower than at step 0" in text
-    assert "step 0, untrained" in text
+    assert "step 0, before training" in text
 
 
 def test_differences_and_names_are_those_that_matter():
