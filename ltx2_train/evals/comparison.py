@@ -16,6 +16,7 @@ from ltx2_train.evals.history import (
     estimate_text,
     figures_of,
     film_cell,
+    first_name,
     loss_line,
     losses_of,
 )
@@ -262,10 +263,10 @@ def _drawn(found: Sequence[tuple[str, list[Series], str, bool]]) -> list[dict[st
 
 
 def _baseline(lines: Sequence[Series]) -> list[Level]:
-    """The untrained model, where the runs that were measured at step 0 agree on it."""
+    """The model before training, where the runs that were measured at step 0 agree on it."""
     values = [line.y[0] for line in lines if len(line.x) > 1 and line.x[0] == 0]
     alike = values and max(values) - min(values) <= 1e-3 * abs(statistics.fmean(values))
-    return [Level("step 0, untrained", values[0], "before")] if alike else []
+    return [Level(first_name(0), values[0], "before")] if alike else []
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
