@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 EXIT_ERROR = 2  # a mistake that the message explains; running the same again will not help
 # How OmegaConf takes a setting inside a section that is null, or a whole value for it.
 _NULL_SECTION = re.compile(r"Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'")
+# How Hydra takes + before an option of a group.
+_CHOSEN_TWICE = re.compile(r"Multiple values for (.+?)\. To override a value use 'override \1: (.+?)'")
 _HYDRA_FLAGS = """Flags:
   --cfg job             print the whole configuration that these arguments give, and stop
   --help SECTION        every setting of a section (train, optim, data.plan, ...) with its default and meaning
@@ -152,6 +154,10 @@ def explain(error: BaseException, schema: type) -> str | None:
     for cause in chain:
         if isinstance(cause, HydraException) and (match := re.match(r"Could not override '(.+?)'", str(cause))):
             return unknown_setting(match[1], schema)
+        if isinstance(cause, HydraException) and (match := _CHOSEN_TWICE.match(str(cause))):
+            choice = f"{match[1]}={match[2]}"
+            if f"+{choice}" in sys.argv:
+                return f"+{choice}: {match[1]} is a group that has a choice already. Write {choice}, without +"
     if any(isinstance(c, AssertionError | AttributeError) and _NULL_SECTION.search(str(c)) for c in chain):
         return "settings are given for a section that is null: choose an option of its group first (lora=all)"
     known = [c for c in chain if isinstance(c, HydraException | errors.OmegaConfBaseException)]

@@ -1,6 +1,7 @@
 """`ltx2-export`: what a run trained, in a form that loads elsewhere."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ltx2_train.model.export import Base, Coverage, Provenance
     from ltx2_train.model.lora_file import Adapter
     from ltx2_train.weightfile import Stored
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Write what a run trained into a form that other programs load: the newest complete checkpoint, its moving average where it
@@ -241,10 +244,18 @@ class Work:
 
 
 def _provenance(options: argparse.Namespace, source: "Source", base: "Base | None", model: "nn.Module") -> "Provenance":
+    from ltx2_train.cli.runs import data_size
+    from ltx2_train.data.datasets import PROVENANCE
+    from ltx2_train.model.build import context_tokens
     from ltx2_train.model.export import Provenance
     from ltx2_train.model.generation import generation_of
     from ltx2_train.model.lora import config_of
 
+    try:
+        size = data_size(source.job)
+    except Exception as error:  # whatever a place that may be far away raises
+        size = {}
+        logger.warning("the file will not say the size of its training clips; who samples it has to: %s", error)
     started = base if source.start is not None else None
     return Provenance(
         step=source.step,
@@ -256,6 +267,9 @@ def _provenance(options: argparse.Namespace, source: "Source", base: "Base | Non
         reference_downscale_factor=options.reference_downscale,
         reference_temporal_scale_factor=options.reference_temporal,
         sampler_profile=source.profile,
+        text_tokens=context_tokens(source.job.model),
+        provenance={name: source.provenance[name] for name in PROVENANCE},
+        clip_size=size,
     )
 
 

@@ -15,10 +15,10 @@ from ltx2_train.cli.follow import HELD
 from ltx2_train.cli.provenance import check_base
 from ltx2_train.cli.schema import TrainJob, job_from_text, plain
 from ltx2_train.cli.train import build, fit_of
-from ltx2_train.data.datasets import PROVENANCE
+from ltx2_train.data.datasets import PROVENANCE, open_dataset
 from ltx2_train.diffusion.profiles import Fit, SamplerProfile, profile
 from ltx2_train.distributed.saved import saved_weights
-from ltx2_train.errors import CheckpointError, ConfigError
+from ltx2_train.errors import CheckpointError, ConfigError, DataError
 from ltx2_train.model.build import initial_weights, transformer_config
 from ltx2_train.model.modality import Stream
 from ltx2_train.train.checkpoint import (
@@ -182,6 +182,31 @@ def load_trained(
         device=device,
         dtype=dtype,
     )
+
+
+def data_size(job: TrainJob) -> dict[str, Any]:
+    """Frames, width, height and fps of the most frequent clips of the run's first dataset.
+
+    Raises `ConfigError` where they are not known.
+    """
+    import numpy as np
+
+    from ltx2_train.evals.requests import SIZES
+    from ltx2_train.geometry import SPACE_SCALE, pixel_frames
+
+    try:
+        dataset = open_dataset(job.data.datasets[0].path)
+    except DataError as error:
+        needed = ", ".join(f"--{name}" for name in SIZES)
+        raise ConfigError(f"the size of the training data is not known ({error}). Give {needed}") from error
+    index = dataset.index
+    if not any(bucket.frames for bucket in index.buckets):
+        raise ConfigError("the training data have sound alone, so no frames to go by. Give --frames and --fps")
+    common = int(np.argmax(index.bucket_counts * [bucket.frames > 1 for bucket in index.buckets]))
+    bucket = index.buckets[common]
+    fps = dataset.read(int(np.argmax(index.bucket_ids == common))).fps
+    width, height = bucket.width * SPACE_SCALE, bucket.height * SPACE_SCALE
+    return {"frames": pixel_frames(bucket.frames), "width": width, "height": height, "fps": fps}
 
 
 def _place_base(job: TrainJob, base: Path | None, recorded: str | None, run: Path) -> None:

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Make clips from prompts: with a trained model, the newest complete checkpoint of a run, its moving average, the sampler
-profile that is stored with it, and the codecs and text encoder its data was made with; or with released weights, as they
-are or with LoRA files added.
+profile that is stored with it, and the codecs and text encoder its data was made with; or with weights in a file, released
+or exported ones, as they are or with LoRA files added. What ltx2-export wrote says which profile and parts belong to it.
 
 A prompt alone gives picture and sound, or the one of them that the run was trained on; of --frames 1 the picture alone,
 unless wav is asked for. An --image becomes the first frame. An --audio file is kept as the sound, and a
@@ -39,7 +39,7 @@ Under torchrun the clips are shared by all processes; each has the whole model. 
 its reason at the end, and the others are made. Beside the media of a clip, NAME.json says how it was made; it is written
 last. A clip whose NAME.json fits its request and model is not made again, so a killed command can be repeated.
 
-Size, length and frame rate are those of the training data, and 121 frames of 768 x 512 at 24 per second for released
+Size, length and frame rate are those of the training data, and 121 frames of 768 x 512 at 24 per second for published
 weights, unless they are given; beside --video the frame rate is that of the file. A seed means the same on every device
 and in every batch."""
 EPILOG = """\
@@ -110,7 +110,7 @@ def _add_request_options(p: argparse.ArgumentParser) -> None:
     fit = "cut the clip to the given sound or picture where that is shorter"
     g.add_argument("--fit", action="store_true", default=None, help=fit)
     g.add_argument("--no-audio", action="store_true", default=None, dest="silent", help="a silent clip")
-    profile = "sampler profile, by name or a .yaml file of your own (the one stored with the run)"
+    profile = "sampler profile, by name or a .yaml file of your own (the one stored with MODEL)"
     g.add_argument("--profile", metavar="NAME", help=profile)
     g.add_argument(
         "--steps", type=int, metavar="N", help="sampler steps (those of the profile); heun, res_2s: two calls each"
@@ -341,7 +341,10 @@ def open_model(options: argparse.Namespace, checkpoint: Path | None, device: Any
             raise ConfigError(f"--base {options.base}: {options.model} is no run. Drop --base")
         return load_released(options.model, loras=[_lora(text) for text in options.lora], **common)
     if options.lora:
-        raise ConfigError("--lora goes with released weights; export the run first (ltx2-export) to add a LoRA to it")
+        raise ConfigError(
+            f"--lora goes with a file of weights: make one of the run first (ltx2-export {options.model} --to transformer "
+            "--out FILE.safetensors), and give that in its place"
+        )
     return load_trained(checkpoint, weights=options.weights, base=options.base, **common)
 
 
@@ -405,32 +408,9 @@ def _profile(request: "ClipRequest", source: "Trained | Released") -> "SamplerPr
 def _size(source: "Trained | Released") -> Mapping[str, Any]:
     """Frames, width, height and fps where they are not given: as most of the training data."""
     from ltx2_train.cli.released import Released
+    from ltx2_train.cli.runs import data_size
 
-    return source.size if isinstance(source, Released) else _data_size(source)
-
-
-def _data_size(trained: "Trained") -> dict[str, Any]:
-    """The size of the most frequent clips of the run's first dataset."""
-    import numpy as np
-
-    from ltx2_train.data.datasets import open_dataset
-    from ltx2_train.errors import ConfigError, DataError
-    from ltx2_train.evals.requests import SIZES
-    from ltx2_train.geometry import SPACE_SCALE, pixel_frames
-
-    try:
-        dataset = open_dataset(trained.job.data.datasets[0].path)
-    except DataError as error:
-        needed = ", ".join(f"--{name}" for name in SIZES)
-        raise ConfigError(f"the size of the training data is not known ({error}). Give {needed}") from error
-    index = dataset.index
-    if not any(bucket.frames for bucket in index.buckets):
-        raise ConfigError("the training data have sound alone, so no frames to go by. Give --frames and --fps")
-    common = int(np.argmax(index.bucket_counts * [bucket.frames > 1 for bucket in index.buckets]))
-    bucket = index.buckets[common]
-    fps = dataset.read(int(np.argmax(index.bucket_ids == common))).fps
-    width, height = bucket.width * SPACE_SCALE, bucket.height * SPACE_SCALE
-    return {"frames": pixel_frames(bucket.frames), "width": width, "height": height, "fps": fps}
+    return source.size if isinstance(source, Released) else data_size(source.job)
 
 
 if __name__ == "__main__":

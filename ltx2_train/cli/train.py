@@ -222,8 +222,10 @@ def flops(job: "TrainJob", config: "TransformerConfig", engine: "Engine") -> "di
     from ltx2_train.model.build import context_tokens
     from ltx2_train.train.throughput import Load, batch_load, recomputed_flops, training_flops
 
+    rows = context_tokens(job.model)
+
     def load(batch: "Batch") -> Load:
-        return batch_load(batch, context_tokens(job.model), job.objective.streams)
+        return batch_load(batch, rows, job.objective.streams)
 
     def needed(batch: "Batch") -> float:
         return training_flops(config, load(batch), lora=job.lora, connectors_trained=job.model.train_connectors)

@@ -14,7 +14,7 @@ from ltx2_train.model.connector import Connectors, TextConditioned
 from ltx2_train.model.init import initial_tensor
 from ltx2_train.model.modality import Stream
 from ltx2_train.model.transformer import Transformer
-from ltx2_train.model.weights import PREFIX, check_shapes, read_config, read_weights, tensor_shapes
+from ltx2_train.model.weights import PREFIX, check_shapes, header, read_config, read_weights, tensor_shapes
 from ltx2_train.weightfile import Stored
 
 
@@ -38,7 +38,8 @@ class ModelConfig:
     """Whether the text connectors are trained with the transformer, or frozen."""
     text_tokens: int | None = None
     """Rows of text context behind the connectors, a multiple of its registers; None: what belongs to the configuration
-    (1024 for released architectures). Captions with more text tokens are an error."""
+    (1024 for released architectures), and of exported weights what they were trained with. Captions with more text tokens
+    are an error."""
 
     def __post_init__(self) -> None:
         self.streams = [Stream(s) for s in self.streams]
@@ -69,7 +70,10 @@ def context_tokens(config: ModelConfig) -> int:
     """Rows of text context behind the connectors: the most text tokens that a caption may have."""
     if config.text_tokens is not None:
         return config.text_tokens
-    return RELEASED_TEXT_TOKENS if config.weights is not None else TEXT_TOKENS.get(config.name, RELEASED_TEXT_TOKENS)
+    if config.weights is None:
+        return TEXT_TOKENS.get(config.name, RELEASED_TEXT_TOKENS)
+    stated = str(header(config.weights).get("text_tokens", ""))
+    return int(stated) if stated.isdecimal() else RELEASED_TEXT_TOKENS
 
 
 def initial_weights(model: nn.Module, config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor | Stored]]:

@@ -45,6 +45,7 @@ from ltx2_train.weightfile import Deferred, Stored, WeightFile, open_weights, wr
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 BASE_FINGERPRINT = "base_fingerprint"  # of a header; only what was trained on a base has it
 QUANTISATION = "_quantization_metadata"  # of a header; what is written here is dequantised
+TABLES = ("sampler_profile", "provenance", "clip_size")  # of what is written here; JSON in a header's string
 TRANSFORMER_SECTIONS = ("transformer", "scheduler")  # of the header's config, in a file of the transformer alone
 
 
@@ -62,6 +63,12 @@ class Provenance:
     reference_downscale_factor: int = 1
     reference_temporal_scale_factor: int = 1
     sampler_profile: Mapping[str, Any] = field(default_factory=dict)
+    text_tokens: int | None = None
+    """Rows of text context that they were trained with."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What made the data that they were trained on, as a dataset's manifest names it."""
+    clip_size: Mapping[str, Any] = field(default_factory=dict)
+    """Frames, width, height and fps of most of that data; empty where they are not known."""
 
     def metadata(self) -> dict[str, str]:
         """What is known of it, as strings. Reference factors of 1 are left out, as everywhere."""
@@ -69,14 +76,16 @@ class Provenance:
             "base_name": self.base_name,
             BASE_FINGERPRINT: self.base_fingerprint,
             "trigger_word": self.trigger_word,
-            "sampler_profile": json.dumps(self.sampler_profile) if self.sampler_profile else None,
+            "text_tokens": None if self.text_tokens is None else str(self.text_tokens),
         }
+        tables = {name: getattr(self, name) for name in TABLES}
         factors = ("reference_downscale_factor", "reference_temporal_scale_factor")
         return {
             "step": str(self.step),
             "weights": self.weights,
             BASE_GENERATION: self.base_generation,
             **{name: value for name, value in given.items() if value is not None},
+            **{name: json.dumps(table) for name, table in tables.items() if table},
             **{name: str(getattr(self, name)) for name in factors if getattr(self, name) != 1},
         }
 

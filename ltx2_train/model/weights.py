@@ -121,6 +121,11 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
 
+def header(path: str | Path) -> dict[str, Any]:
+    """What the header of what `load_transformer` takes says, JSON decoded; of diffusers' folders the transformer's."""
+    return open_weights(diffusers_folders(Path(path)).get(TRANSFORMER_CLASS, path)).metadata
+
+
 def _sources(path: Path) -> tuple[TransformerConfig, list[tuple[WeightFile, OwnName]]]:
     """The architecture, and each file with the function from its keys to our names (None: not ours)."""
     config, sources = _stated(path)

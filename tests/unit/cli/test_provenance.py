@@ -11,10 +11,11 @@ from ltx2_train.cli.contexts import connectors_name, context_encoder
 from ltx2_train.cli.provenance import TEXT_KINDS, check_belongs
 from ltx2_train.codecs import audio_codec_name, video_codec_name
 from ltx2_train.errors import DataError
-from ltx2_train.model.export import Base, write_diffusers
+from ltx2_train.model.export import Base, Provenance, official_layout, write_diffusers
 from ltx2_train.record import Manifest
 from ltx2_train.testing.released import GENERATIONS, Release, write_release
 from ltx2_train.text import projection_name
+from ltx2_train.weightfile import write_weights
 from tests.unit.cli.commands import small_dataset
 
 
@@ -86,14 +87,63 @@ def test_unknown_names_are_warned_of(releases, stand_ins, caplog, generation):
     names = dict.fromkeys(("video_codec", "audio_codec", "text_encoder"), "unknown:mine")
     with caplog.at_level(logging.WARNING):
         check_belongs(str(releases[generation].transformer), replace(stand_ins, **names), "latents")
-    assert [record.args[1] for record in caplog.records] == list(names)
+    [record] = caplog.records
+    assert all(f"{part} is 'unknown:mine'" in record.message for part in names)
 
 
 def test_stand_ins_are_warned_of_beside_weights_without_such_parts(releases, stand_ins, caplog):
+    stand_ins = replace(stand_ins, **STAND_INS)
     check_belongs(str(releases["2.5"].transformer), stand_ins, "latents")
-    assert len(caplog.records) == 3
+    [record] = caplog.records
+    assert "text_encoder is 'hashed-1'" in record.message
+    assert "train on data that the parts of these weights encoded" in record.message
     check_belongs(None, stand_ins, "latents")
-    assert len(caplog.records) == 3, "from scratch anything goes"
+    assert len(caplog.records) == 1, "from scratch anything goes"
+
+
+STAND_INS = {"video_codec": "dct-1", "audio_codec": "dct-1", "text_encoder": "hashed-1"}
+
+
+@pytest.fixture
+def exported(releases, tmp_path):
+    """A function that writes the transformer of 2.5 with these names of what made its training data in the header."""
+    base = Base(releases["2.5"].transformer)
+
+    def write(**names: str) -> str:
+        keys, header = official_layout(base.config, base.tensors, None, with_siblings=False)
+        origin = Provenance(step=1, weights="raw", base_generation="2.5", provenance=names)
+        [path] = write_weights(tmp_path / "exported.safetensors", keys, header | origin.metadata())
+        return str(path)
+
+    return write
+
+
+def test_data_of_the_parts_that_an_export_states_belong_to_it(exported, releases, stand_ins, caplog):
+    check_belongs(exported(**STAND_INS), replace(stand_ins, **STAND_INS), "latents")
+    contexts = {**STAND_INS, "text_encoder": "hashed-1+connectors:" + connectors_name(exported(**STAND_INS))[-12:]}
+    check_belongs(exported(**contexts), replace(stand_ins, **contexts, text_cache="context"), "latents")
+    real = belonging(stand_ins, releases["2.5"], "2.5")
+    named = {part: getattr(real, part) for part in STAND_INS}
+    check_belongs(exported(**named), real, "latents")
+    other = {**named, "text_encoder": named["text_encoder"].replace("0123456789ab", "of-another-dtype")}
+    check_belongs(exported(**named), replace(real, **other), "latents")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("part", STAND_INS)
+def test_data_of_other_parts_than_an_export_states_are_refused(exported, releases, stand_ins, part):
+    real, stand_ins = belonging(stand_ins, releases["2.5"], "2.5"), replace(stand_ins, **STAND_INS)
+    for trained_on, given in ((real, stand_ins), (stand_ins, real)):
+        path = exported(**{part: getattr(trained_on, part)})
+        with pytest.raises(DataError, match=f"was encoded with {part} .*exported.safetensors has"):
+            check_belongs(path, given, "latents")
+
+
+def test_an_export_that_knows_nothing_of_its_data_is_warned_of(exported, stand_ins, caplog):
+    unknown = dict.fromkeys(STAND_INS, "unknown:mine")
+    check_belongs(exported(**unknown), replace(stand_ins, **STAND_INS), "latents")
+    check_belongs(exported(**STAND_INS), replace(stand_ins, **unknown), "latents")
+    assert len(caplog.records) == 2
 
 
 def test_a_folder_of_the_transformer_alone_has_no_parts_to_compare(releases, stand_ins, tmp_path):
