@@ -61,6 +61,11 @@ class Bucket:
         """Tokens of one sample over both modalities."""
         return self.video_tokens + self.audio_steps
 
+    @property
+    def schedule_tokens(self) -> int:
+        """What a sampler's sigmas follow: the tokens of the picture, or of sound alone its steps."""
+        return self.video_tokens or self.audio_steps
+
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}+{self.audio_steps}"
 

@@ -25,19 +25,23 @@ class BatchRng:
 
     A sample's draws depend on (seed, step, position) only, so they are the same whichever rank computes it and
     whatever stands beside it in the micro-batch.
+
+    `drawn_on`: the device that normal numbers are drawn on, wherever they are wanted; None: there, which is fastest.
     """
 
     seed: int
     step: int
     positions: Sequence[int]
+    drawn_on: str | None = None
 
     def _generators(self, purpose: str, device: torch.device | str) -> list[torch.Generator]:
         return [generator(self.seed, purpose, self.step, p, device=device) for p in self.positions]
 
     def normal(self, purpose: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """(B, *shape) fp32 standard normal numbers, drawn on `device` (CPU and CUDA streams differ)."""
-        rows = [torch.randn(tuple(shape), generator=g, device=device) for g in self._generators(purpose, device)]
-        return torch.stack(rows)
+        """(B, *shape) fp32 standard normal numbers on `device`; where they are drawn tells which: CPU and CUDA differ."""
+        source = self.drawn_on or device
+        rows = [torch.randn(tuple(shape), generator=g, device=source) for g in self._generators(purpose, source)]
+        return torch.stack(rows).to(device)
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) fp32 numbers in [0, 1), on the CPU."""

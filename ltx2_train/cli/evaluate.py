@@ -28,9 +28,10 @@ codec (the ceiling): distance to the real latents, diversity, motion, loudness, 
 picture agree in time, onset F1 beside chance (the same clips with exchanged sound).
 
 Everything goes into RUN/evals, where ltx2-report finds it; that of further held-out datasets into RUN/evals/dataset_1
-and so on. A file of other clips or of another setting is not replaced: name a folder with --out. Under torchrun the clips
-are shared by all processes; the held-out losses are the same on any number of them. Sampling that was killed is taken up
-by the same command.
+and so on. A file of other clips or of another setting is not replaced: name a folder with --out. In such a folder nothing
+of another checkpoint is replaced either. Under torchrun the clips are shared by all processes; the held-out losses are the
+same on any number of them. The model computes in the precision that the run trains in. Sampling that was killed is taken
+up by the same command.
 
 With --follow it is a job beside the training: every complete checkpoint is evaluated once, in the order of steps, until
 that of the run's last step. It holds a checkpoint while it reads it, so that the run may remove it. A failure is told
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     profile = "sampler profile, by name or a .yaml file of your own (the one stored with the run)"
     p.add_argument("--profile", metavar="NAME", help=profile)
     p.add_argument("--base", type=Path, metavar="PATH", help="the released weights the run started from (as it says)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (RUN/evals, samples in samples-STEP)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where everything goes, samples in samples-STEP (RUN/evals)")
     p.add_argument("--follow", action="store_true", help="evaluate every checkpoint until the run has ended")
     p.add_argument("--newest-first", action="store_true", help="with --follow: where it lags, the newest one next")
     p.add_argument("--poll-seconds", type=float, default=10, metavar="S", help="--follow looks as often (10)")
@@ -123,8 +124,11 @@ def evaluate(options: argparse.Namespace, world: "World") -> Iterable[str]:
     place = from_main(world, lambda: options.out or run_directory(options.run))
     common = {"profile_name": options.profile, "base": options.base, "device": world.device}
     trained = agreed(world, partial(load_trained, checkpoint, weights=options.weights, **common))
+    trained = replace(trained, dtype=trained.job.engine.precision.dtype)  # as in the loop, and on any device alike
     tasks = agreed(world, partial(_tasks, options, place, trained, world))
-    agreed(world, lambda: _check_places(tasks, trained) if world.is_main else None)
+    told = {"source": agreed(world, lambda: trained.source)}
+    source = None if options.out is None else told["source"]
+    agreed(world, lambda: _check_places(tasks, trained, source) if world.is_main else None)
     measured: list[dict[str, HeldoutLosses]] = [{} for _ in tasks]
     for weights in _kinds(trained):
         trained = replace(trained, weights=weights)  # with it goes the model that the last one was filled into
@@ -132,10 +136,10 @@ def evaluate(options: argparse.Namespace, world: "World") -> Iterable[str]:
             losses[weights] = task.heldout.measure(agreed(world, partial(getattr, trained, "model")))
             yield from _heldout_lines(trained, losses[weights], task.title)
     for task, losses in zip(tasks, measured, strict=True):
-        write_heldout(task.heldout, task.heldout_path, trained.step, losses)
+        write_heldout(task.heldout, task.heldout_path, trained.step, losses, told)
     for task in tasks:
         if task.samples is not None:
-            yield from _sample(task.samples, trained, task, world)
+            yield from _sample(task.samples, trained, task, world, told)
 
 
 def _kinds(trained: "Trained") -> list[str]:
@@ -158,19 +162,26 @@ class _Task:
     samples_directory: Path
 
 
-def _check_places(tasks: Sequence[_Task], trained: "Trained") -> None:
-    """Raises `ConfigError` where a file that would be replaced is of something else."""
-    from ltx2_train.evals.identity import check_same, heldout_of, read_contents, samples_of
+def _check_places(tasks: Sequence[_Task], trained: "Trained", source: dict[str, str] | None) -> None:
+    """Raises `ConfigError` where a file that would be replaced is of something else.
+
+    `source`: the checkpoint that it must be of too; None: of any, as in the run's own folder.
+    """
+    from ltx2_train.evals.identity import check_same, check_source, heldout_of, read_contents, samples_of
     from ltx2_train.evals.samples import samples_identity
 
     for task in tasks:
-        if task.heldout_path.exists():
-            there = heldout_of(read_contents(task.heldout_path))
-            check_same(task.heldout_path, there, task.heldout.identity, HELDOUT_OPTIONS)
-        path = task.samples_directory / "samples.json"
-        if task.samples is not None and path.exists():
-            here = samples_identity(task.dataset, trained.profile, trained.streams, task.samples, trained.weights)
-            check_same(path, samples_of(read_contents(path)), here, SAMPLES_OPTIONS)
+        replaced = [(task.heldout_path, heldout_of, task.heldout.identity, HELDOUT_OPTIONS)]
+        if task.samples is not None:
+            made = (trained.profile, trained.streams, task.samples, trained.weights, trained.dtype)
+            path = task.samples_directory / "samples.json"
+            replaced.append((path, samples_of, samples_identity(task.dataset, *made), SAMPLES_OPTIONS))
+        for path, identity_of, identity, options in replaced:
+            if path.exists():
+                contents = read_contents(path)
+                if source is not None:
+                    check_source(path, contents.get("source"), source)
+                check_same(path, identity_of(contents), identity, options)
 
 
 def _tasks(options: argparse.Namespace, place: Path, trained: "Trained", world: "World") -> "list[_Task]":
@@ -205,11 +216,11 @@ def _places(options: argparse.Namespace, place: Path, number: int, step: int) ->
     """The file of the held-out losses and the folder of the samples: where the run itself has them, or in --out."""
     from ltx2_train.evals.files import dataset_directory
     from ltx2_train.evals.heldout import heldout_name, heldout_path
-    from ltx2_train.evals.samples import samples_directory
+    from ltx2_train.evals.samples import samples_directory, samples_name
 
     if options.out is not None:
         place = place / f"dataset_{number}" if number else place
-        return place / heldout_name(step), place
+        return place / heldout_name(step), place / samples_name(step)
     place = dataset_directory(place, number)
     return heldout_path(place, step), samples_directory(place, step)
 
@@ -275,7 +286,7 @@ def _heldout(options: argparse.Namespace, trained: "Trained", dataset: "LatentDa
 
     config = _heldout_config(options, trained.job.evaluation.heldout)
     objective = Objective(ObjectiveConfig(streams=trained.job.objective.streams), None, trained.keyframe_marker)
-    return Heldout(dataset, objective, config, world)
+    return Heldout(dataset, objective, config, world, trained.dtype)
 
 
 def _heldout_lines(trained: "Trained", losses: "HeldoutLosses", title: str) -> Iterable[str]:
@@ -286,7 +297,9 @@ def _heldout_lines(trained: "Trained", losses: "HeldoutLosses", title: str) -> I
     yield from (f"  {modality}: {found.note}" for modality, found in estimates.items() if found.note)
 
 
-def _sample(config: "SamplesConfig", trained: "Trained", task: _Task, world: "World") -> Iterable[str]:
+def _sample(
+    config: "SamplesConfig", trained: "Trained", task: _Task, world: "World", told: dict[str, Any]
+) -> Iterable[str]:
     from ltx2_train.distributed.world import agreed
     from ltx2_train.evals.samples import Samples, Sampling
 
@@ -304,7 +317,9 @@ def _sample(config: "SamplesConfig", trained: "Trained", task: _Task, world: "Wo
 
     begin = time.perf_counter()
     samples, origin = agreed(world, built)
-    summary = samples.run(trained.model, directory, step=trained.step, weights=trained.weights, origin=origin)
+    summary = samples.run(
+        trained.model, directory, step=trained.step, weights=trained.weights, origin=origin, told=told
+    )
     seconds, made = time.perf_counter() - begin, summary["count"] - samples.taken_up
     if samples.taken_up:
         yield f"step {trained.step}  {task.title}{samples.taken_up} clips taken up from an evaluation that was broken off"

@@ -77,7 +77,7 @@ def check(options: argparse.Namespace) -> None:
     if (options.run / MANIFEST).exists():
         raise ConfigError(f"{options.run} with --follow: that is one checkpoint. Name the run directory to follow it")
     if options.out is not None:
-        raise ConfigError("--out with --follow: all steps would go into one folder. Leave it out")
+        raise ConfigError("--out with --follow: what is in RUN/evals says which steps are measured. Leave it out")
     if not options.poll_seconds > 0:
         raise ConfigError(f"--poll-seconds {options.poll_seconds}: must be above 0")
 

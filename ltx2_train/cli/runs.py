@@ -83,10 +83,20 @@ class Trained:
     @property
     def identity(self) -> dict[str, Any]:
         """What the checkpoint and the parts around it hold, in plain values. Another one makes other clips."""
-        with (self.checkpoint / MANIFEST).open("rb") as manifest:
-            digest = hashlib.file_digest(manifest, "sha256").hexdigest()
         parts = self.components.contents
-        return {"checkpoint": digest, "weights": self.weights, "provenance": self.provenance, "parts": parts}
+        return {"checkpoint": self._digest, "weights": self.weights, "provenance": self.provenance, "parts": parts}
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Which checkpoint it is, for files that are made of it: its place in its run, and its content."""
+        run = run_of(self.checkpoint)
+        place = self.checkpoint.resolve() if run is None else checkpoint_directory(run, self.step)
+        return {"checkpoint": str(place), "manifest": self._digest}
+
+    @property
+    def _digest(self) -> str:
+        with (self.checkpoint / MANIFEST).open("rb") as manifest:
+            return hashlib.file_digest(manifest, "sha256").hexdigest()
 
     @property
     def keyframe_marker(self) -> bool:

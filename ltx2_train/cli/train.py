@@ -534,7 +534,9 @@ def evaluators(
     for i, dataset in enumerate(datasets):
         place = dataset_directory(Path(job.train.run_dir), i)
         if settings.heldout is not None:
-            measure = Heldout(dataset, _plain_objective(job, marker), settings.heldout, world)
+            measure = Heldout(
+                dataset, _plain_objective(job, marker), settings.heldout, world, job.engine.precision.dtype
+            )
             found[event_name("heldout", i)] = heldout_evaluator(measure, place, weights=weights, others=others)
         if settings.samples is not None:
             sampling = agreed(world, partial(_sampling, job, dataset, marker))
@@ -559,6 +561,7 @@ def _sampling(job: "TrainJob", dataset: "LatentDataset", marker: bool) -> Any:
         negative=dataset.known_null_text("sampling"),
         streams=job.sampled_streams,
         keyframe_marker=marker,
+        dtype=job.engine.precision.dtype,
     )
 
 

@@ -171,7 +171,7 @@ def _noise_of(requests: Sequence[Request], clean: Streams) -> Callable[[], Strea
 
 
 def _sigmas_from_noise(profile: SamplerProfile, bucket: Bucket) -> Tensor:
-    sigmas = profile.sigmas(bucket.video_tokens or bucket.audio_steps)
+    sigmas = profile.sigmas(bucket.schedule_tokens)
     if sigmas[0] != 1:
         raise ConfigError(
             f"sampler profile {profile.name}: starts at sigma {sigmas[0]:.6g}, to refine latents; what starts from noise "

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ltx2_train.errors import ConfigError
@@ -23,6 +24,11 @@ class Backend(StrEnum):
 class Precision(StrEnum):  # lower case: OmegaConf finds members by name
     bf16 = "bf16"  # forward and backward in bf16, fp32 masters and reductions; frozen parameters are kept in bf16
     fp32 = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in, whatever it is fed."""
+        return torch.bfloat16 if self is Precision.bf16 else torch.float32
 
 
 class Offload(StrEnum):

@@ -116,7 +116,7 @@ def _import_deepspeed(world: World) -> Any:
 
 def _partition(deepspeed: Any, module: nn.Module, config: EngineConfig, world: World) -> None:
     """Gives the parameters memory, one module at a time, and leaves this rank its range. Buffers stay whole."""
-    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
+    dtype = config.precision.dtype
     offloads = config.offload is Offload.all
     place = {"remote_device": "cpu", "pin_memory": world.device.type == "cuda"} if offloads else {}
     for part in reversed(list(module.modules())):  # what is inside comes first

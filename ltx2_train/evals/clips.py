@@ -22,7 +22,7 @@ from ltx2_train.diffusion.profiles import SamplerProfile
 from ltx2_train.distributed.lock import lock_alone
 from ltx2_train.errors import DataError, Ltx2Error
 from ltx2_train.evals.files import write_json
-from ltx2_train.evals.planning import LATENT_STEP, Batch, Clip, Outcome, State
+from ltx2_train.evals.planning import LATENT_STEP, Batch, Clip, Outcome, State, check_contents
 from ltx2_train.evals.receipts import begun_path, check_free, media_of, receipt_path
 from ltx2_train.evals.requests import OutputFormat
 from ltx2_train.evals.samples import Codecs
@@ -78,13 +78,15 @@ class Progress:
 
 
 def read_given(clip: Clip) -> Given:
-    """What the files of a clip hold. Raises `DataError` naming the one that cannot be read."""
+    """What the files of a clip hold. Raises `DataError` naming one that cannot be read, or that changed."""
     request, size = clip.request, (clip.request.width, clip.request.height)
-    return Given(
+    given = Given(
         image=None if request.image is None else _first_frame(request.image, request.image_crf, size),
         video=None if request.video is None else _pictures("video", request.video, clip.frames, clip.fps, size),
         sound=None if request.audio is None else _sound(request.audio, max(clip.seconds, _heard_seconds(clip))),
     )
+    check_contents(clip)  # after reading: what changes meanwhile is seen
+    return given
 
 
 def _first_frame(path: str, crf: int | None, size: Any) -> Tensor:

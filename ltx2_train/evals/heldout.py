@@ -1,4 +1,4 @@
-"""Held-out loss: fixed clips, fixed noise, fixed sigmas. The same numbers on any number of ranks."""
+"""Held-out loss: fixed clips, fixed noise, fixed sigmas. The same noise on any device and any number of ranks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from ltx2_train.distributed.world import agreed
 from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.estimate import Estimate
 from ltx2_train.evals.files import write_json
-from ltx2_train.evals.identity import Identity, clips_identity
+from ltx2_train.evals.identity import Identity, clips_identity, dtype_name
 from ltx2_train.record import Bucket
 from ltx2_train.rng import BatchRng, derive_seed
 
@@ -125,8 +125,17 @@ class Heldout:
     that has none left repeats the first without counting it.
     """
 
-    def __init__(self, dataset: LatentDataset, objective: Objective, config: HeldoutConfig, world: WorldLike) -> None:
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        objective: Objective,
+        config: HeldoutConfig,
+        world: WorldLike,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`dtype` is what the models compute in."""
         self.dataset, self.objective, self.config, self.world = dataset, objective, config, world
+        self.dtype = dtype
         self.indices = spread(len(dataset), config.clips, dataset.location)
         self.groups = by_bucket(self.indices, dataset.index.bucket, config.batch_size)
 
@@ -135,7 +144,7 @@ class Heldout:
         """What is measured, whatever the weights and the number of ranks."""
         streams = sorted(str(stream.value) for stream in self.objective.config.streams)
         measured = {"sigmas": list(self.config.sigmas), "seed": self.config.seed, "streams": streams}
-        return clips_identity(self.dataset, self.indices) | measured
+        return clips_identity(self.dataset, self.indices) | measured | {"dtype": dtype_name(self.dtype)}
 
     @property
     def num_forwards(self) -> int:
@@ -175,10 +184,11 @@ class Heldout:
         return torch.stack(columns, dim=-1).double().cpu()
 
     def _batch(self, group: Sequence[int]) -> tuple[Batch, BatchRng]:
-        """The clips of a group, and noise that follows from their keys."""
+        """The clips of a group, and noise that follows from their keys, on whatever device it is measured."""
         samples = [self.dataset.read(index) for index in group]
         batch = collate(samples, range(len(samples)), samples[0].bucket)
-        return batch, BatchRng(self.config.seed, 0, [derive_seed("heldout", sample.key) for sample in samples])
+        keys = [derive_seed("heldout", sample.key) for sample in samples]
+        return batch, BatchRng(self.config.seed, 0, keys, drawn_on="cpu")
 
 
 def spread(available: int, wanted: int, name: str) -> list[int]:
@@ -216,13 +226,22 @@ def heldout_name(step: int) -> str:
     return f"heldout-{step:08d}.json"
 
 
-def write_heldout(heldout: Heldout, path: Path, step: int, measured: Mapping[str, HeldoutLosses]) -> None:
-    """Write the losses of a step to `path`, by the kind of weights, on the first rank. All ranks call it."""
+def write_heldout(
+    heldout: Heldout,
+    path: Path,
+    step: int,
+    measured: Mapping[str, HeldoutLosses],
+    told: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write the losses of a step to `path`, by the kind of weights, on the first rank. All ranks call it.
+
+    `told`: what the file says beside them.
+    """
 
     def write() -> None:
         if heldout.world.rank == 0:
             plain = {weights: losses.to_dict() for weights, losses in measured.items()}
-            write_json(path, {"step": step, **plain})
+            write_json(path, {"step": step, **told, **plain})
 
     agreed(heldout.world, write)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ltx2_train.data.datasets import LatentDataset
 from ltx2_train.errors import ConfigError, DataError
 
@@ -24,6 +26,11 @@ def clips_identity(dataset: LatentDataset, indices: Sequence[int]) -> dict[str, 
     """Which clips of which data. The data are known by the hashes of their shards, wherever they lie."""
     keys = [dataset.index.key(index) for index in indices]
     return {"data": digest(dataset.manifest.shards), "clips": len(keys), "keys": digest(keys)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a model computes in, as identities spell it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def heldout_of(contents: Mapping[str, Any]) -> Identity:
@@ -85,6 +92,24 @@ def check_same(path: Path, there: Identity, here: Identity, options: Mapping[str
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_source(path: Path, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where the file at `path`, made of the weights `there`, would be replaced by one of `here`.
+
+    Both as `Trained.source` tells them; None: not known.
+    """
+    if there is not None and there["manifest"] == here["manifest"]:
+        return
+    said = "does not say of which weights it is" if there is None else f"is of {_source(there)}"
+    raise ConfigError(
+        f"{path} {said}, and this is a measurement of {_source(here)}. It is not replaced: name another --out, or remove "
+        "that file"
+    )
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    return f"{source['checkpoint']} (manifest {source['manifest'][:16]})"
 
 
 def read_contents(path: Path) -> dict[str, Any]:

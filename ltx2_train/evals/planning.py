@@ -56,6 +56,8 @@ class Clip:
     has_audio: bool
     digest: str
     """Of all that it follows from."""
+    contents: Mapping[str, str]
+    """Of the files that it names, by field: digests of what they held when it was planned."""
 
     @property
     def name(self) -> str:
@@ -171,7 +173,9 @@ def _clip(one: Asked, ground: Ground) -> Clip:
     if request.format is None:
         request = replace(request, format=[(OutputFormat.mp4 if has_video else OutputFormat.wav).value])
     _bucket(request, has_video, has_audio)
-    return Clip(one.where, request, profile, has_video, has_audio, _digest(request, profile, ground.identity))
+    contents = {name: _contents(path) for name in MEDIA if (path := getattr(request, name)) is not None}
+    digest = _digest(request, profile, ground.identity, contents)
+    return Clip(one.where, request, profile, has_video, has_audio, digest, contents)
 
 
 def _streams(request: ClipRequest, streams: frozenset[Stream]) -> tuple[bool, bool]:
@@ -298,10 +302,22 @@ def _frames_with_sound(fps: float, stride: int) -> int:
     return frames if audio_latent_length(frames, fps) >= LEAST_STEPS else frames + stride
 
 
-def _digest(request: ClipRequest, profile: SamplerProfile, identity: Mapping[str, Any]) -> str:
-    """Of all that a clip follows from; of the files that it names their contents, wherever they lie."""
-    plain = asdict(request) | {"name": None, "profile": profile.to_dict(), "identity": dict(identity)}
-    plain |= {name: _contents(path) for name in MEDIA if (path := getattr(request, name)) is not None}
+def check_contents(clip: Clip) -> None:
+    """Raises `DataError` where a file that the clip names holds something else than when it was planned."""
+    for name, digest in clip.contents.items():
+        path = getattr(clip.request, name)
+        if _contents(path) != digest:
+            raise DataError(
+                f"{name}={path}: changed since the requests were read, so nothing is written that would be believed to be "
+                "made of it. Do it again"
+            )
+
+
+def _digest(
+    request: ClipRequest, profile: SamplerProfile, identity: Mapping[str, Any], contents: Mapping[str, str]
+) -> str:
+    """Of all that a clip follows from; of the files that it names their `contents`, wherever they lie."""
+    plain = asdict(request) | {"name": None, "profile": profile.to_dict(), "identity": dict(identity), **contents}
     text = json.dumps([RECEIPT_VERSION, plain], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

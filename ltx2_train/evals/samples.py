@@ -1,10 +1,11 @@
 """Clips sampled from held-out captions, beside the real ones: for eye and ear, and to measure sync."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ltx2_train.errors import ConfigError, DataError
 from ltx2_train.evals.estimate import bootstrap
 from ltx2_train.evals.film import Film
 from ltx2_train.evals.heldout import WorldLike, by_bucket, share, spread
-from ltx2_train.evals.identity import clips_identity, digest
+from ltx2_train.evals.identity import clips_identity, digest, dtype_name
 from ltx2_train.evals.metrics import Clip, Measured, Settings, build_metrics, check_names, figures, measure, names
 from ltx2_train.evals.metrics.metric import share as share_of
 from ltx2_train.evals.sync import TOLERANCE, compare, match_counts
@@ -94,14 +95,27 @@ class Codecs:
 
     @torch.no_grad()
     def decode(self, video: Tensor | None, audio: Tensor | None, fps: float) -> Film:
-        """The film of one clip's latents (128, F, H, W) and (8, T, 16)."""
+        """The film of one clip's latents (128, F, H, W) and (8, T, 16).
+
+        Raises `DataError` naming the stream that does not come out as finite numbers.
+        """
         pieces: dict[str, Any] = {} if self.tile is None else {"tile": self.tile}
         return Film(
-            video=None if video is None else self.video.decode(video[None], **pieces)[0].clamp(-1, 1).cpu(),
-            waveform=None if audio is None else self.audio.decode(audio[None])[0].clamp(-1, 1).cpu(),
+            video=None if video is None else _shown("video", self.video.decode(video[None], **pieces)[0]),
+            waveform=None if audio is None else _shown("audio", self.audio.decode(audio[None])[0]),
             fps=fps,
             sample_rate=self.audio.sample_rate,
         )
+
+
+def _shown(name: str, decoded: Tensor) -> Tensor:
+    """Pixels or sound in [-1, 1], on the CPU. Clamping would keep NaN, which is shown black and measured as good sound."""
+    if not decoded.isfinite().all():
+        raise DataError(
+            f"the {name} codec gave NaN or infinity. Look whether its weights are whole; if they are, the latents are far "
+            "from any that it knows: take other weights of the model, or weaker guidance"
+        )
+    return decoded.clamp(-1, 1).cpu()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +164,13 @@ class Samples:
         step: int,
         weights: str,
         origin: Mapping[str, Any] | None = None,
+        told: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Sample, decode, measure and write everything into `directory`; the contents of its samples.json.
 
         That file is written last and holds all of it or is not there. `origin` tells what the weights are, by their
         content: then samples that the same weights and settings had made when a run was broken off are not made again.
+        `told`: what samples.json says beside the figures.
         Only the model runs in all ranks together, so only the model stands between reading and the rest: what fails in
         those is raised on all ranks. Raises `ConfigError` on all of them while another process writes there.
         """
@@ -163,24 +179,23 @@ class Samples:
             "directory (--out)"
         )
         with lock_directory(directory, self.world, taken):
-            return self._run(model, directory, step, weights, origin)
+            unfinished = Unfinished(directory, self._settings(step, weights, origin))
+            done = self._run(model, unfinished, anew=origin is None)
+            summary = {**told, **self._summary([done[number] for number in sorted(done)], step, weights)}
+            agreed(self.world, lambda: self._write(summary, done, unfinished) if self.world.rank == 0 else None)
+            return summary
 
-    def _run(
-        self, model: Callable[..., Any], directory: Path, step: int, weights: str, origin: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        unfinished = Unfinished(directory, self._settings(step, weights, origin))
-        done = self._done(unfinished, anew=origin is None)
+    def _run(self, model: Callable[..., Any], unfinished: Unfinished, *, anew: bool) -> dict[int, Done]:
+        """All samples. Those that are done are not finished again, but sampled beside others of their group that are not."""
+        done = self._done(unfinished, anew=anew)
         self.taken_up = len(done)
         mine: dict[int, Done] = {}
-        left = [number for number in range(len(self.indices) * self.config.seeds) if number not in done]
-        for group, counted in self._turns(left):
+        for group, counted in self._turns(done):
             takes = agreed(self.world, partial(self._read, group))
             generated = self._sample(model, [take.request for take in takes])
-            mine |= agreed(self.world, partial(self._finish, takes if counted else [], generated, unfinished))
-        done |= {number: one for part in self.world.gather_objects(mine) for number, one in part.items()}
-        summary = self._summary([done[number] for number in sorted(done)], step, weights)
-        agreed(self.world, lambda: self._write(summary, done, unfinished) if self.world.rank == 0 else None)
-        return summary
+            missing = {take.number for take in takes if counted and take.number not in done}
+            mine |= agreed(self.world, partial(self._finish, takes, missing, generated, unfinished))
+        return done | {number: one for part in self.world.gather_objects(mine) for number, one in part.items()}
 
     def _done(self, unfinished: Unfinished, *, anew: bool) -> dict[int, Done]:
         """What the first rank finds done."""
@@ -204,16 +219,19 @@ class Samples:
             "metrics": [[metric.name, metric.unit] for metric in self.metrics],
         }
 
-    def _turns(self, numbers: Sequence[int]) -> list[tuple[list[int], bool]]:
-        """The samples of this rank turn by turn, and whether they count.
+    def _turns(self, done: Container[int]) -> list[tuple[list[int], bool]]:
+        """The samples of this rank turn by turn, and whether they count: groups of which some are not `done`.
 
+        Groups are cut without regard to what is done: the bits of a sample depend on what is computed beside it.
         In a turn all ranks run the same modules at every step, or the ranks of a sharded model would wait for each other:
         clips of the same streams, and of the same size where the profile's passes of guidance follow from it.
         """
         alike: dict[tuple[bool, bool, int], list[list[int]]] = {}
-        for group in by_bucket(numbers, self._bucket, self.config.batch_size):
+        for group in by_bucket(range(len(self.indices) * self.config.seeds), self._bucket, self.config.batch_size):
+            if all(number in done for number in group):
+                continue
             bucket = self._bucket(group[0])
-            tokens = bucket.video_tokens if self.sampling.profile.passes_follow_tokens else 0
+            tokens = bucket.schedule_tokens if self.sampling.profile.passes_follow_tokens else 0
             alike.setdefault((bucket.frames > 0, bucket.audio_steps > 0, tokens), []).append(group)
         return [turn for groups in alike.values() for turn in share(groups, self.world)]
 
@@ -240,11 +258,14 @@ class Samples:
             keyframe_marker=self.sampling.keyframe_marker,
         )
 
-    def _finish(self, takes: Sequence[_Take], generated: Generated, unfinished: Unfinished) -> dict[int, Done]:
-        """Decode, measure and keep what was sampled together."""
+    def _finish(
+        self, takes: Sequence[_Take], missing: Container[int], generated: Generated, unfinished: Unfinished
+    ) -> dict[int, Done]:
+        """Decode, measure and keep what is missing of that which was sampled together."""
         done = {}
-        with at_work(self.world.device, *(self.codecs.movable if takes else ())):
-            for row, take in enumerate(takes):
+        rows = [(row, take) for row, take in enumerate(takes) if take.number in missing]
+        with at_work(self.world.device, *(self.codecs.movable if rows else ())):
+            for row, take in rows:
                 video, audio = (x[row].cpu() if x is not None else None for x in (generated.video, generated.audio))
                 done[take.number] = self._clip(take, video, audio, unfinished)
                 unfinished.keep(take.number, done[take.number])
@@ -266,7 +287,10 @@ class Samples:
         entry: dict[str, Any] = {"key": reference.key, "caption": reference.caption, "seed": take.request.seed}
         rows: dict[str, Measured] = {}
         for name, latents in sides.items():
-            film = self.codecs.decode(*latents, reference.fps)
+            try:
+                film = self.codecs.decode(*latents, reference.fps)
+            except DataError as error:
+                raise DataError(f"{reference.key}, {name}: {error}") from error
             entry[name] = events(film) | {"seconds": film.seconds}
             rows[name] = measure(self.metrics, Clip(film, *latents))
             if take.number < self.config.shown:
@@ -284,7 +308,7 @@ class Samples:
             "weights": weights,
             "profile": self.sampling.profile.name,
             "identity": samples_identity(
-                self.dataset, self.sampling.profile, self.sampling.streams, self.config, weights
+                self.dataset, self.sampling.profile, self.sampling.streams, self.config, weights, self.sampling.dtype
             ),
             "count": len(done),
             "clips": entries,
@@ -337,7 +361,12 @@ def _chosen_clips(dataset: LatentDataset, wanted: int, streams: frozenset[Stream
 
 
 def samples_identity(
-    dataset: LatentDataset, profile: SamplerProfile, streams: frozenset[Stream], config: SamplesConfig, weights: str
+    dataset: LatentDataset,
+    profile: SamplerProfile,
+    streams: frozenset[Stream],
+    config: SamplesConfig,
+    weights: str,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """What samples are of, whatever the step. Known before there is a model."""
     return {
@@ -349,6 +378,7 @@ def samples_identity(
         "profile": profile.name,
         "profile_settings": digest(profile.to_dict()),
         "weights": weights,
+        "dtype": dtype_name(dtype),
     }
 
 
@@ -377,7 +407,11 @@ def request_like(
 
 def samples_directory(directory: Path, step: int) -> Path:
     """Where a run directory keeps the samples of a step."""
-    return directory / "evals" / f"samples-{step:08d}"
+    return directory / "evals" / samples_name(step)
+
+
+def samples_name(step: int) -> str:
+    return f"samples-{step:08d}"
 
 
 def samples_evaluator(

@@ -18,7 +18,7 @@ from ltx2_train.model.config import RopeType
 from ltx2_train.model.fused import gated_add, norm_rotate, rms_modulate
 from ltx2_train.model.lora import LoraConfig, add_lora
 from ltx2_train.model.rope import RopeSpec, build_rope
-from ltx2_train.rng import generator
+from ltx2_train.rng import BatchRng, generator
 from ltx2_train.testing import run_on_ranks
 from tests.golden.transformer_cases import CASES, VARIANTS, goldens, inputs, tiny_model
 from tests.peers.diffusers_transformer import random_inputs
@@ -73,6 +73,13 @@ def test_weights_in_bf16_give_the_same_outputs_to_bf16_s_precision(device: str, 
     for name, out in rounded._asdict().items():
         expected = getattr(exact, name)
         assert (out.float().cpu() - expected).square().mean().sqrt() < IN_BF16 * expected.square().mean().sqrt()
+
+
+@on_each
+def test_noise_that_is_drawn_on_the_cpu_is_the_same_on_the_device(device: str):
+    drawn = BatchRng(0, 0, [1, 2], drawn_on="cpu").normal("noise.video", (5, 3), device)
+    assert drawn.device.type == device
+    assert torch.equal(drawn.cpu(), BatchRng(0, 0, [1, 2]).normal("noise.video", (5, 3)))
 
 
 def perturbed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from ltx2_train.evals.samples import SamplesConfig, samples_directory, samples_i
 from ltx2_train.model.modality import Stream
 from ltx2_train.testing.shards import manifest_for, write_latent_dataset
 from ltx2_train.testing.threads import on_ranks
-from ltx2_train.train.checkpoint import complete_checkpoints
+from ltx2_train.train.checkpoint import MANIFEST, complete_checkpoints
 from tests.unit.cli.commands import SMALL, ltx2_train, small_dataset, small_samples
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -76,6 +77,22 @@ def test_training_and_the_program_measure_both_kinds_of_weights_alike(place, cap
     assert trained["raw"]["video"]["per_clip"] != pytest.approx(trained["ema"]["video"]["per_clip"], rel=1e-5)
 
 
+def test_the_program_computes_in_the_precision_that_the_run_trains_in(place, tmp_path):
+    data, run = place / "latents", tmp_path / "run"
+    places = (f"data.datasets.0.path={data}", f"train.run_dir={run}", f"evaluation.datasets=[{data}]")
+    assert ltx2_train(*SMALL, *places, *HELD, "train.strict_evaluation=true", "engine.precision=bf16") == 0
+    trained = json.loads(heldout_path(run, 2).read_text())
+    assert evaluate.main([str(run)]) == 0
+    again = json.loads(heldout_path(run, 2).read_text())
+    for weights in ("raw", "ema"):
+        assert trained[weights]["identity"] == again[weights]["identity"]
+        assert trained[weights]["identity"]["dtype"] == "bfloat16"
+        first, second = (found[weights]["video"]["per_clip"] for found in (trained, again))
+        assert second == pytest.approx(first, rel=1e-6)
+    job = load_job(run)
+    assert train._sampling(job, open_dataset(data), marker=False).dtype == torch.bfloat16
+
+
 def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, capsys):
     options = ["--samples", "2", "--seeds", "2", "--shown", "0", "--tolerance-ms", "50", "--out", str(tmp_path)]
     assert (
@@ -87,14 +104,15 @@ def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, c
     assert "latent" in rows["seed_diversity_audio"]
     assert "4 clips of 512 wanted" not in rows["frechet_video"], "there are two real ones"
     assert "2 clips of 512 wanted" in rows["frechet_video"]
-    summary = json.loads((tmp_path / "samples.json").read_text())
+    written = tmp_path / "samples-00000002" / "samples.json"
+    summary = json.loads(written.read_text())
     assert list(summary["metrics"]) == ["loudness", "seed_diversity_audio", "frechet_video"]
     assert summary["count"] == 4
     job = load_job(place / "run")
     dataset = open_dataset(job.evaluation.datasets[0])
     profile = train._sampling(job, dataset, marker=False).profile
     asked = SamplesConfig(clips=2, seeds=2, tolerance_ms=50)
-    assert summary["identity"] == samples_identity(dataset, profile, frozenset(Stream), asked, "ema"), (
+    assert summary["identity"] == samples_identity(dataset, profile, frozenset(Stream), asked, "ema", torch.float32), (
         "as the trainer's"
     )
     other = [str(place / "run"), "--samples", "2", "--out", str(tmp_path)]
@@ -102,7 +120,7 @@ def test_figures_are_chosen_by_name_and_told_with_their_units(place, tmp_path, c
     said = capsys.readouterr().err
     assert "seeds 1 instead of 2, tolerance_ms 80.0 instead of 50.0" in said
     assert "give --seeds 2 --tolerance-ms 50 to measure the same again, or --out" in said
-    assert json.loads((tmp_path / "samples.json").read_text()) == summary
+    assert json.loads(written.read_text()) == summary
     assert evaluate.parser().parse_args(["RUN", "--metrics", "none"]).metrics == []
     assert list(evaluate.metrics_table({})) == []
 
@@ -130,16 +148,17 @@ def test_an_evaluation_that_is_killed_leaves_nothing_half_written_and_is_taken_u
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, "-m", "ltx2_train.cli.evaluate", *options], env=environment) as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("unfinished-*/*.npz")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("*/unfinished-*/*.npz")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    done = len(list(tmp_path.glob("unfinished-*/*.npz")))
+    done = len(list(tmp_path.glob("*/unfinished-*/*.npz")))
     assert 0 < done < 5
-    assert not (tmp_path / "samples.json").exists()
+    written = tmp_path / "samples-00000002" / "samples.json"
+    assert not written.exists()
     assert evaluate.main(options) == 0
     assert f"{done} clips taken up" in capsys.readouterr().out
-    assert json.loads((tmp_path / "samples.json").read_text())["count"] == 5
-    assert not list(tmp_path.glob("unfinished-*"))
+    assert json.loads(written.read_text())["count"] == 5
+    assert not list(tmp_path.glob("*/unfinished-*"))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +290,37 @@ def test_another_folder_takes_another_measurement_of_all_held_out_datasets(place
     places = [evaluate._places(options, run, number, 2) for number in (0, 1)]
     folders = [dataset_directory(run, number) for number in (0, 1)]
     assert places == [(heldout_path(folder, 2), samples_directory(folder, 2)) for folder in folders]
+
+
+def test_a_folder_of_ones_own_keeps_what_was_measured_of_another_checkpoint(place, tmp_path, capsys):
+    """Of the same step, the same clips and settings. In the run's own folder the same is replaced."""
+    out, other = tmp_path / "out", shutil.copytree(place / "run", tmp_path / "other")
+    options = ["--samples", "1", "--shown", "0", "--metrics", "none", "--out", str(out)]
+    assert evaluate.main([str(place / "run"), *options]) == 0
+    (newest,), (theirs,) = complete_checkpoints(place / "run"), complete_checkpoints(other)
+    before = {path: path.read_bytes() for path in out.rglob("*.json")}
+    assert sorted(str(path.relative_to(out)) for path in before) == [
+        "heldout-00000002.json",
+        "samples-00000002/samples.json",
+    ]
+    assert evaluate.main([str(other), "--out", str(out)]) == 0, "of the same weights, wherever they lie"
+    with (theirs / MANIFEST).open("a") as file:
+        file.write("\n")
+    capsys.readouterr()
+    for path in sorted(before):  # the losses, and when these are gone, the samples
+        assert evaluate.main([str(other), *options]) == 2
+        said = capsys.readouterr().err
+        source = {name: found.resolve() for name, found in (("there", newest), ("here", theirs))}
+        if path.parent == out:
+            source["there"] = theirs.resolve()  # whose copy measured last
+        assert re.search(
+            rf"{path} is of {source['there']} \(manifest \w{{16}}\), and this is .* {source['here']} ", said
+        )
+        path.unlink()
+    assert evaluate.main([str(other)]) == 0, "it was saved anew under its step"
+    assert heldout_path(other, 2).stat().st_mtime_ns > heldout_path(place / "run", 2).stat().st_mtime_ns
+    assert evaluate.main([str(other), "--out", str(heldout_path(place / "run", 2).parent)]) == 2
+    assert re.search(r"heldout-00000002.json (is of|does not say of which weights it is)", capsys.readouterr().err)
 
 
 def test_a_checkpoint_outside_a_run_has_no_place_for_results(place, tmp_path, capsys, no_model):

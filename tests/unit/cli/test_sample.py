@@ -198,7 +198,7 @@ def test_a_run_that_trains_one_stream_samples_that_alone(tmp_path, capsys, built
     assert ltx2_train(*SMALL, *places, *evaluation) == 0
     assert write_report(run).stat().st_size > 0
     assert evaluate.main([str(run), "--samples", "1", "--metrics", "motion,silence", "--out", str(tmp_path / "e")]) == 0
-    for place in (run / "evals" / "samples-00000001", tmp_path / "e"):
+    for place in (run / "evals" / "samples-00000001", tmp_path / "e" / "samples-00000001"):
         found = json.loads((place / "samples.json").read_text())
         info = probe(place / found["clips"][0]["sampled"]["media"])
         assert (info.has_video, info.has_audio) == (trained == "video", trained == "audio")

@@ -131,6 +131,38 @@ def test_a_given_picture_is_the_first_frame(tmp_path, codecs, media, latents):
     assert not torch.equal(generated.video[0, :, 1:2], frame)
 
 
+@pytest.mark.parametrize(("field", "name"), [("image", "picture.png"), ("audio", "sound.wav"), ("video", "film.mp4")])
+def test_a_file_that_changes_before_it_is_read_makes_no_clip(tmp_path, codecs, media, field, name):
+    """Its receipt would vouch for the file that was there when the requests were read."""
+    given, out = Path(shutil.copy(media / name, tmp_path)), tmp_path / "out"
+    batch = planned(out, {field: str(given)}, {})
+    if field == "image":
+        write_png(given, np.full((40, 100, 3), 255, np.uint8))
+    elif field == "audio":
+        shutil.copy(media / "odd.wav", given)
+    else:
+        write_mp4(given, ramp_frames(25, height=48, width=100)[::-1], FPS)
+    told = {p.outcome.where: p.outcome for p in ClipMaker(to_zero, codecs, EmptyTexts(), out, device=CPU).make(batch)}
+    assert [told[where].state for where in ("0", "1")] == [State.failed, State.made]
+    assert told["0"].detail.startswith(f"{field}={given}: changed since the requests were read")
+    assert not [path for path in files(out) if batch.clips[0].name in path]
+
+
+@pytest.mark.parametrize("name", ["video", "audio"])
+def test_a_codec_that_gives_no_numbers_makes_no_clip(tmp_path, codecs, name):
+    class Broken:
+        def __getattr__(self, other):
+            return getattr(getattr(codecs, name), other)
+
+        def decode(self, latents):
+            return getattr(codecs, name).decode(latents) * torch.nan
+
+    broken = dataclasses.replace(codecs, **{name: Broken()})
+    _, (progress,) = made(tmp_path, broken, {})
+    assert progress.outcome.detail.startswith(f"the {name} codec gave NaN or infinity")
+    assert files(tmp_path) == []
+
+
 def test_a_picture_may_be_made_as_coarse_as_a_frame_of_a_film(tmp_path, codecs, media, latents):
     picture = str(media / "picture.png")
     made(tmp_path, codecs, *({"image": picture} | more for more in ({}, {"image_crf": 0}, {"image_crf": 33})))

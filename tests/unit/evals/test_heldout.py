@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -48,10 +49,10 @@ def dataset(tmp_path):
     return open_dataset(tmp_path / "data")
 
 
-def measured(dataset, world, model=None, **settings):
+def measured(dataset, world, model=None, dtype=torch.float32, **settings):
     objective = Objective(ObjectiveConfig(), None, keyframe_marker=False)
     config = HeldoutConfig(**{"clips": 11, "batch_size": 2, "sigmas": [0.2, 0.8]} | settings)
-    return Heldout(dataset, objective, config, world).measure(model or LinearModel())
+    return Heldout(dataset, objective, config, world, dtype).measure(model or LinearModel())
 
 
 def on_one_rank(dataset, **settings):
@@ -114,6 +115,26 @@ def test_a_result_that_cannot_be_written_is_told_to_all(dataset, tmp_path):
 def test_a_clip_is_noised_alike_whatever_stands_beside_it(dataset):
     alone, together = on_one_rank(dataset, batch_size=1), on_one_rank(dataset, batch_size=8)
     torch.testing.assert_close(alone.video, together.video, equal_nan=True)
+
+
+def test_the_noise_of_a_clip_is_drawn_on_the_cpu_whatever_device_it_is_wanted_on(dataset):
+    """Streams of a seed differ by device. None can be drawn on the meta device, and what is wanted there comes to it."""
+    places = []
+
+    class Elsewhere(Objective):
+        def __call__(self, model, batch, rng, *, sigma):
+            places.append(rng.normal("noise.video", (2, 3), torch.device("meta")).device.type)
+            return super().__call__(model, batch, rng, sigma=sigma)
+
+    heldout = partial(Heldout, dataset, Elsewhere(ObjectiveConfig(), None, False), HeldoutConfig(clips=2))
+    on_ranks(1, lambda world: heldout(world).measure(LinearModel()))
+    assert set(places) == {"meta"}
+
+
+def test_measurements_in_another_precision_are_not_compared(dataset):
+    first, second = (on_one_rank(dataset, dtype=dtype).to_dict() for dtype in (torch.float32, torch.bfloat16))
+    assert (first["identity"]["dtype"], second["identity"]["dtype"]) == ("float32", "bfloat16")
+    assert paired_change(first, second, "video") is None
 
 
 def test_another_seed_is_another_noise(dataset):

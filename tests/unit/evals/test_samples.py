@@ -1,9 +1,11 @@
 """Samples: every file that is promised, the same clips on any number of ranks, sync of what is really heard."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from ltx2_train.evals.samples import (
     strip,
     sync_figures,
 )
+from ltx2_train.evals.unfinished import Unfinished
 from ltx2_train.media.probe import probe
 from ltx2_train.model.modality import Stream, Velocity
 from ltx2_train.record import Bucket, Sample, TextFeatures
@@ -246,13 +249,17 @@ def test_every_caption_is_sampled_by_as_many_seeds(dataset, codecs, tmp_path):
     assert summary["metrics"]["motion"]["sampled"]["count"] == 2, "an interval over clips, not over seeds"
 
 
-def test_ranks_run_the_same_modules_whatever_the_size_of_their_clips(codecs, tmp_path):
+@pytest.mark.parametrize(
+    ("streams", "sizes"),
+    [(Stream, [Bucket(2, 1, 1, 3), Bucket(16, 2, 1, 3)]), ([Stream.audio], [Bucket(0, 0, 0, 5), Bucket(0, 0, 0, 40)])],
+    ids=["film", "sound alone"],
+)
+def test_ranks_run_the_same_modules_whatever_the_size_of_their_clips(codecs, tmp_path, streams, sizes):
     """The ranks of a sharded model gather weights together: with guidance in an interval of sigmas that follow the size,
     clips of two sizes side by side would guide at different steps. Seen as the rows that each forward holds."""
-    sizes = [Bucket(2, 1, 1, 3), Bucket(16, 2, 1, 3)]
     write_latent_dataset(tmp_path / "data", [random_sample(f"{i}", sizes[i % 2]) for i in range(3)])
     dataset = open_dataset(tmp_path / "data")
-    between = sum(float(shifted_schedule(3, size.video_tokens)[2]) for size in sizes) / 2
+    between = sum(float(shifted_schedule(3, size.schedule_tokens)[2]) for size in sizes) / 2
     guided = GuidanceConfig(cfg=3.0, sigma_low=between)
     profile = SamplerProfile(name="t", steps=3, schedule="shifted", tokens="actual", video=guided, audio=guided)
 
@@ -260,11 +267,12 @@ def test_ranks_run_the_same_modules_whatever_the_size_of_their_clips(codecs, tmp
         seen = []
 
         def model(video, audio, perturbations=None):
-            seen.append(len(video.latent))
-            return silent_model(video, audio)
+            seen.append(len(audio.latent))
+            return Velocity(*(None if one is None else one.latent for one in (video, audio)))
 
         config = SamplesConfig(clips=3, shown=0, batch_size=1, metrics=[])
-        made = Samples(dataset, Sampling(profile=profile, negative=dataset.null_text), codecs, config, world)
+        sampling = Sampling(profile=profile, negative=dataset.null_text, streams=frozenset(streams))
+        made = Samples(dataset, sampling, codecs, config, world)
         summary = made.run(model, tmp_path / "out", step=3, weights="ema")
         assert summary["count"] == 3
         return seen
@@ -312,6 +320,38 @@ def test_what_was_broken_off_is_taken_up_and_gives_what_it_would_have_given(brok
     for path in whole.iterdir():
         assert (broken_off / path.name).read_bytes() == path.read_bytes(), path.name
     assert not list(broken_off.glob("unfinished-*"))
+
+
+def test_what_is_taken_up_is_sampled_beside_the_same_clips(codecs, tmp_path, monkeypatch):
+    """The bits of a sample depend on what is computed beside it; here, for all to see, on the mean of both."""
+    write_latent_dataset(tmp_path / "data", [random_sample(f"{i}", Bucket(2, 1, 1, 5)) for i in range(3)])
+    dataset = open_dataset(tmp_path / "data")
+
+    def together(video, audio, perturbations=None):
+        return Velocity(*(one.latent * (1 + one.latent.mean()) for one in (video, audio)))
+
+    def made(place):
+        settings = {"clips": 3, "batch_size": 2, "metrics": []}
+        (world,) = on_ranks(1, lambda world: world)
+        return samples(world, dataset, codecs, **settings).run(together, place, step=3, weights="ema", origin=ORIGIN)
+
+    kept, keep = [], Unfinished.keep
+
+    def killed(self, number, one):
+        if len(kept) == 1:
+            kept.append(None)
+            raise KeyboardInterrupt
+        keep(self, number, one)
+        kept.append(number)
+
+    monkeypatch.setattr(Unfinished, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "broken")
+    resumed = made(tmp_path / "broken")
+    assert kept == [0, None, 1, 2], "what was kept is not made again"
+    assert resumed == made(tmp_path / "whole")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("other", [{"origin": {"checkpoint": "two"}}, {"origin": None}, {"seed": 1}])
@@ -391,10 +431,11 @@ def test_seeds_of_a_clip_that_are_alike_say_no_more_than_one():
 
 
 def test_all_that_decides_a_sample_is_in_its_identity(dataset):
-    given = {"streams": frozenset(Stream), "config": SamplesConfig(), "weights": "ema"}
+    given = {"streams": frozenset(Stream), "config": SamplesConfig(), "weights": "ema", "dtype": torch.float32}
     given["profile"] = SamplerProfile(name="two steps", steps=2)
     others = [
         {"weights": "raw"},
+        {"dtype": torch.bfloat16},
         {"streams": frozenset({Stream.video})},
         {"profile": SamplerProfile(name="two steps", steps=3)},
         {"profile": SamplerProfile(name="same steps", steps=2)},
@@ -416,6 +457,35 @@ def test_samples_that_are_not_finite_are_refused_by_key(dataset, codecs, tmp_pat
     def failure(world):
         with pytest.raises(DataError, match="clip-0: the sampled video latents are not finite"):
             samples(world, dataset, codecs).run(diverged, tmp_path, step=3, weights="ema")
+        return True
+
+    assert on_ranks(1, failure) == [True]
+    assert not (tmp_path / "samples.json").exists()
+
+
+class Broken:
+    """A codec that gives one number that is none, or none that is finite."""
+
+    def __init__(self, codec, value):
+        self.codec, self.value = codec, value
+
+    def __getattr__(self, name):
+        return getattr(self.codec, name)
+
+    def decode(self, latents):
+        decoded = self.codec.decode(latents).clone()
+        decoded.flatten()[-1] = self.value
+        return decoded
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("name", ["video", "audio"])
+def test_what_a_codec_decodes_to_no_number_is_refused_by_stream_and_clip(dataset, codecs, tmp_path, name, value):
+    broken = replace(codecs, **{name: Broken(getattr(codecs, name), value)})
+
+    def failure(world):
+        with pytest.raises(DataError, match=f"^clip-0, sampled: the {name} codec gave NaN or infinity"):
+            sampled(world, dataset, broken, tmp_path, clips=1)
         return True
 
     assert on_ranks(1, failure) == [True]
