@@ -76,7 +76,7 @@ def test_the_run_holds_before_and_after_on_the_same_clips(story):
     )
     assert before["ema"]["keys"] == after["ema"]["keys"]
     assert before["ema"]["sigmas"] == after["ema"]["sigmas"]
-    assert set(after) == {"step", "ema", "raw"}
+    assert set(after) == {"step", "source", "ema", "raw"}, "of the newest checkpoint, by ltx2-evaluate"
 
 
 def test_the_report_plays_two_clips_beside_the_real_ones(story):

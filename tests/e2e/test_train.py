@@ -133,7 +133,7 @@ def test_resume_never_insists_on_an_empty_run_directory(data, straight, capsys):
 
 def test_text_of_another_width_is_refused_before_anything_is_built(data, tmp_path, capsys):
     assert ltx2_train(*arguments(data, tmp_path / "run", "model=demo")) == 2
-    assert "the model demo has 192" in capsys.readouterr().err
+    assert "the model demo has video_text_width 192, audio_text_width 160" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
