@@ -270,6 +270,7 @@ def _provenance(options: argparse.Namespace, source: "Source", base: "Base | Non
         text_tokens=context_tokens(source.job.model),
         provenance={name: source.provenance[name] for name in PROVENANCE},
         clip_size=size,
+        sampled_streams=sorted(str(stream.value) for stream in source.job.sampled_streams),
     )
 
 

@@ -1,6 +1,6 @@
 """A model out of files, published or exported, to be sampled as it is or with adapters: no run, no training data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ class Released:
     """Frames, width, height and fps of a clip where they are not given; None: not known."""
 
     streams: frozenset[Stream] = frozenset(Stream)
-    """What the model has, and makes."""
+    """What the model makes: all that it was trained to."""
 
     @property
     def size(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Released:
     @cached_property
     def model(self) -> nn.Module:
         """Filled when it is asked for first, so that what is needed before it alone does not lie beside it."""
-        model = _filled(_model_config(self.weights), self.dtype, self.device)
+        model = _filled(_model_config(self.weights, self.streams), self.dtype, self.device)
         for path, strength in self.loras:
             fuse_lora(model, path, strength)
         return model
@@ -89,6 +89,7 @@ def load_released(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stated, embedded = header(weights), embedded_parts(made_with(weights))
     generation = UNKNOWN if embedded else generation_of(architecture)
+    streams = _streams(stated)
     size = stated.get("clip_size")
     if not isinstance(size, dict) or size.keys() != SIZE.keys():
         size = None if embedded else SIZE
@@ -101,10 +102,19 @@ def load_released(
         device=device,
         dtype=dtype,
         title=f"{kind}{weights.name}" + "".join(f" + {path.name} x {s:g}" for path, s in loras),
-        fit=Fit(generation, frozenset(Stream), architecture.num_layers),
+        fit=Fit(generation, streams, architecture.num_layers),
         keyframe_marker=architecture.use_keyframes_abs_pos_embedding,
         stated_size=None if size is None else dict(size),
+        streams=streams,
     )
+
+
+def _streams(stated: Mapping[str, Any]) -> frozenset[Stream]:
+    """What the weights were trained to make, as an export states it; published ones make both."""
+    named = stated.get("sampled_streams")
+    if not isinstance(named, list) or not named or not set(named) <= {stream.value for stream in Stream}:
+        return frozenset(Stream)
+    return frozenset(map(Stream, named))
 
 
 def _default_profile(weights: Path, stated: Mapping[str, Any], generation: str) -> SamplerProfile:
@@ -139,8 +149,8 @@ def _components(
     return Components(resolved(given, dict.fromkeys(inside, str(weights))), {**named, **widths}, device)
 
 
-def _model_config(weights: Path) -> ModelConfig:
-    return ModelConfig(weights=str(weights), train_connectors=False)
+def _model_config(weights: Path, streams: Iterable[Stream] = Stream) -> ModelConfig:
+    return ModelConfig(weights=str(weights), streams=sorted(streams), train_connectors=False)
 
 
 def _filled(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -108,16 +108,17 @@ def onsets(mel: Tensor, front: LogMel | None = None) -> list[float]:
 
 
 def _rise(mel: Tensor, front: LogMel) -> NDArray[np.float64]:
-    """(T,) how much each frame of (2, T, M) lies above the one two before, mean over the bins; empty if too short.
+    """How much each frame of (2, T, M) lies above the one two before, mean over the bins; empty if too short.
 
-    A window over the end of the sound sees it reflected, which sounds like an onset: frames with such a window rise by 0.
+    A window far over the end of the sound sees it reflected, which sounds like an onset: the frames of the last quarter
+    of a window are left out.
     """
     values = mel.detach().double().cpu().clamp(min=float(np.log(MEL_FLOOR))).amax(dim=0)
+    values = values[: max(0, len(values) - math.ceil(front.n_fft / 4 / front.hop))]
     if len(values) <= RISE_FRAMES:
         return np.empty(0)
     rise = np.zeros(len(values))
     rise[RISE_FRAMES:] = (values[RISE_FRAMES:] - values[:-RISE_FRAMES]).clamp(min=0).mean(dim=1).numpy()
-    rise[-math.ceil(front.n_fft / 2 / front.hop) :] = 0
     return rise
 
 

@@ -7,7 +7,7 @@ what they were, rounded once, written.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
@@ -45,7 +45,12 @@ from ltx2_train.weightfile import Deferred, Stored, WeightFile, open_weights, wr
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 BASE_FINGERPRINT = "base_fingerprint"  # of a header; only what was trained on a base has it
 QUANTISATION = "_quantization_metadata"  # of a header; what is written here is dequantised
-TABLES = ("sampler_profile", "provenance", "clip_size")  # of what is written here; JSON in a header's string
+TABLES = (
+    "sampler_profile",
+    "provenance",
+    "clip_size",
+    "sampled_streams",
+)  # of what is written here; JSON in a header's string
 TRANSFORMER_SECTIONS = ("transformer", "scheduler")  # of the header's config, in a file of the transformer alone
 
 
@@ -69,6 +74,8 @@ class Provenance:
     """What made the data that they were trained on, as a dataset's manifest names it."""
     clip_size: Mapping[str, Any] = field(default_factory=dict)
     """Frames, width, height and fps of most of that data; empty where they are not known."""
+    sampled_streams: Sequence[str] = ()
+    """What they were trained to make."""
 
     def metadata(self) -> dict[str, str]:
         """What is known of it, as strings. Reference factors of 1 are left out, as everywhere."""

@@ -137,6 +137,7 @@ def test_a_lora_has_the_official_keys_and_says_where_it_comes_from(lora, base, t
     assert {key: file.metadata[key] for key in file.metadata if key != "sampler_profile"} == {
         "provenance": {**UNKNOWN_PARTS, "video_text_width": 40, "audio_text_width": 20, "text_cache": "features"},
         "text_tokens": "128",
+        "sampled_streams": ["audio", "video"],
         "clip_size": {"frames": 9, "width": 32, "height": 32, "fps": 25.0},
         "format": "pt",
         "rank": "4",

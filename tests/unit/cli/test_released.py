@@ -15,13 +15,14 @@ from ltx2_train.cli.released import SIZE, load_released
 from ltx2_train.cli.runs import load_trained
 from ltx2_train.errors import ConfigError
 from ltx2_train.media.audio import read_audio
+from ltx2_train.media.probe import probe
 from ltx2_train.media.video import read_video
 from ltx2_train.testing.released import write_release
 from ltx2_train.weightfile import open_weights, write_weights
 from tests.unit.cli.commands import SMALL, TEXT_WIDTHS, ltx2_train, small_dataset
 
 DATA_SIZE = {"frames": 9, "width": 32, "height": 32, "fps": 25.0}
-KEYS = {"provenance", "sampler_profile", "clip_size", "text_tokens"}
+KEYS = {"provenance", "sampler_profile", "clip_size", "text_tokens", "sampled_streams"}
 
 
 def train(data: Path, run: Path, *settings: str) -> Path:
@@ -86,6 +87,20 @@ def test_what_a_file_states_is_what_its_run_has(folder):
     weights = dict(trained.model.named_parameters())
     assert own.model.text_tokens == trained.model.text_tokens == 16
     assert all(torch.equal(p, weights[name]) for name, p in own.model.named_parameters())
+
+
+def test_a_file_makes_what_its_run_was_trained_to_make(tmp_path, capsys):
+    """Of a model with both streams whose sound no one trained."""
+    data = small_dataset(tmp_path / "latents", text_encoder="hashed-1")
+    run = train(data, tmp_path / "run", "objective.streams=[video]")
+    file = exported(run, "transformer", tmp_path / "one.safetensors")
+    command = [str(file), "--prompt", "a", "--steps", "1", "--out", str(tmp_path)]
+    assert sample.main(command) == 0
+    info = probe(tmp_path / "a-0.mp4")
+    assert (info.has_video, info.has_audio) == (True, False)
+    capsys.readouterr()
+    assert sample.main([*command, "--seed", "1", "--profile", "hq"]) == sample.EXIT_NONE
+    assert "hq: guides video by the other stream" in capsys.readouterr().err
 
 
 def test_an_option_wins_over_what_a_file_states(folder, tmp_path):
