@@ -24,7 +24,9 @@ def test_the_proof_runs_to_its_end_and_a_second_time_only_reads(tmp_path, monkey
     assert all(name in page for name in ("bounce/guidance.svg", "bounce/loss.svg", "bounce/joint-0.png"))
     film = probe(tmp_path / "docs" / "bounce" / "v2a-1.mp4")
     assert (film.width, film.height, film.frames, film.has_audio) == (256, 256, 81, True)
-    assert sum(f.stat().st_size for f in (tmp_path / "docs").rglob("*") if f.is_file()) < 1_000_000
+    assert sum(f.stat().st_size for f in (tmp_path / "docs").rglob("*") if f.is_file()) < 4_000_000, (
+        "films of noise included"
+    )
     monkeypatch.setattr(bounce, "measure", None)  # what is done stays done: nothing is sampled, no program starts
     monkeypatch.setattr(bounce.subprocess, "Popen", None)
     capsys.readouterr()
