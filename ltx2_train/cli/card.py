@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltx2_train.cli.provenance import EMBEDDED, PARTS
+
 if TYPE_CHECKING:
     from ltx2_train.cli.export import Work
     from ltx2_train.cli.source import Source
@@ -29,7 +31,6 @@ BASE_UNKNOWN = (
     "nothing says that the base is a released file: the data were made by stand-ins. Name the licence of these weights here "
     "before you publish this file; what derives from LTX weights carries theirs."
 )
-PARTS = ("video_codec", "audio_codec", "text_encoder")
 FOLDED = "Alpha is folded in: strength 1 is as trained."
 LAYOUTS = {
     "lora": f"A LoRA in the official key form. {FOLDED}",
@@ -88,7 +89,7 @@ def _front(provenance: "Provenance", source: "Source") -> str:
 
 def _use(form: str, source: "Source") -> str:
     """What was written, and what loads it: what learned the stand-ins' latents goes with nothing that was released."""
-    made = ", ".join(f"{name.replace('_', ' ')} {source.provenance[name]}" for name in stand_ins(source))
+    made = ", ".join(f"{part.replace('_', ' ')} {name}" for part, name in stand_ins(source).items())
     if made:
         return (
             f"{LAYOUTS[form]} For trying with `ltx2_train` alone: its data were made by embedded stand-ins ({made}), so it "
@@ -99,12 +100,10 @@ def _use(form: str, source: "Source") -> str:
     return f"{LAYOUTS[form]} {USES[form]}"
 
 
-def stand_ins(source: "Source") -> list[str]:
-    """The parts of `PARTS` that were embedded stand-ins where the run's data were made."""
-    from ltx2_train import codecs, text
-
-    embedded = (*codecs.EMBEDDED, *text.EMBEDDED)
-    return [name for name in PARTS if source.provenance[name].startswith(embedded)]
+def stand_ins(source: "Source") -> dict[str, str]:
+    """The embedded stand-ins that made the run's data, by part."""
+    names = {part: source.provenance[part] for part in PARTS}
+    return {part: name for part, name in names.items() if name.startswith(EMBEDDED)}
 
 
 def _base(work: "Work") -> Iterator[str]:

@@ -17,7 +17,8 @@ from ltx2_train.record import UNKNOWN, Manifest, TextCache
 logger = logging.getLogger(__name__)
 
 PARTS = ("video_codec", "audio_codec", "text_encoder")  # of a manifest, by name
-TELLS_NOTHING = (UNKNOWN, *codecs.EMBEDDED, *text.EMBEDDED)  # how names begin that say nothing of released parts
+EMBEDDED = (*codecs.EMBEDDED, *text.EMBEDDED)
+TELLS_NOTHING = (UNKNOWN, *EMBEDDED)  # how names begin that say nothing of released parts
 TEXT_KINDS = {  # language model and feature extractor of the released generations
     "2.0": ("gemma3", "features-v1"),
     "2.3": ("gemma3", "features-v2"),
@@ -37,7 +38,7 @@ def made_with(weights: str | Path) -> dict[str, str]:
 
 def embedded_parts(names: Mapping[str, str]) -> dict[str, str]:
     """Those of `names` that are of embedded parts."""
-    return {part: name for part, name in names.items() if name in (*codecs.EMBEDDED, *text.EMBEDDED)}
+    return {part: name for part, name in names.items() if name in EMBEDDED}
 
 
 def check_belongs(weights: str | None, manifest: Manifest, location: str) -> None:

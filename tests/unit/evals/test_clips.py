@@ -2,8 +2,6 @@
 
 import dataclasses
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from ltx2_train.codecs import build_audio_codec, build_video_codec
 from ltx2_train.codecs.residence import at_work
 from ltx2_train.diffusion.guidance import GuidanceConfig
 from ltx2_train.diffusion.profiles import SamplerProfile
-from ltx2_train.distributed.lock import LOCK
 from ltx2_train.evals import clips as clips_module
 from ltx2_train.evals.clips import ClipMaker
 from ltx2_train.evals.planning import Batch, Ground, State, plan
@@ -28,6 +25,7 @@ from ltx2_train.media.video import read_video, to_frames
 from ltx2_train.media.write import PARTIAL, write_mp4, write_png, write_wav
 from ltx2_train.model.modality import Stream, Velocity
 from ltx2_train.record import TextFeatures
+from tests.unit.evals.locked import locked
 from tests.unit.media.media_files import FPS, click_waveform, ramp_frames
 
 SIZE = {"frames": 17, "width": 64, "height": 32, "fps": 24.0}
@@ -316,17 +314,6 @@ def test_a_clip_that_cannot_be_made_anew_leaves_the_former(tmp_path, codecs, mon
     assert read_receipt(tmp_path, clip.name, clip.digest) is not None
 
 
-HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-file.write("process 7 on host-a")
-file.flush()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_clip_that_another_command_writes_is_left_to_it_and_the_others_are_made(tmp_path, codecs):
     (theirs, _), _ = made(tmp_path, codecs, {"format": ["wav"]}, {"format": ["wav"]})
     batch = planned(tmp_path, {"format": ["wav"], "frames": 9}, {"format": ["wav"], "frames": 9})
@@ -334,13 +321,8 @@ def test_a_clip_that_another_command_writes_is_left_to_it_and_the_others_are_mad
     (place / "media").mkdir(parents=True)
     (place / "media" / "of-the-other.wav").write_bytes(b"being written")
     before = (tmp_path / f"{theirs.name}.wav").read_bytes()
-    command = [sys.executable, "-c", HOLD, str(place / LOCK)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout.readline() == "held\n"
-            done = list(ClipMaker(to_zero, codecs, EmptyTexts(), tmp_path, device=CPU).make(batch))
-        finally:
-            other.kill()
+    with locked(place):
+        done = list(ClipMaker(to_zero, codecs, EmptyTexts(), tmp_path, device=CPU).make(batch))
     assert [p.outcome.state for p in done] == [State.failed, State.made]
     assert done[0].outcome.detail.startswith("another command writes it (process 7 on host-a)")
     assert (place / "media" / "of-the-other.wav").read_bytes() == b"being written"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -39,6 +37,7 @@ from ltx2_train.model.modality import Stream, Velocity
 from ltx2_train.record import Bucket, Sample, TextFeatures
 from ltx2_train.testing.shards import random_sample, write_latent_dataset
 from ltx2_train.testing.threads import on_ranks
+from tests.unit.evals.locked import locked
 
 NUM_CLIPS = 6
 
@@ -361,27 +360,11 @@ def test_samples_of_other_weights_or_settings_are_made_anew(broken_off, dataset,
     assert not list(broken_off.glob("unfinished-*"))
 
 
-HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-file.write("process 7 on host-a")
-file.flush()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_second_evaluation_of_the_step_is_refused_and_spoils_nothing(broken_off, dataset, codecs):
     before = sorted(broken_off.rglob("*"))
-    command = [sys.executable, "-c", HOLD, str(broken_off / LOCK)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout.readline() == "held\n"
-            refused = pytest.raises(ConfigError, match=r"another evaluation is writing there \(process 7 on host-a\)")
-            (caught,) = on_ranks(1, lambda world: _caught(refused, world, dataset, codecs, broken_off))
-        finally:
-            other.kill()
+    with locked(broken_off):
+        refused = pytest.raises(ConfigError, match=r"another evaluation is writing there \(process 7 on host-a\)")
+        (caught,) = on_ranks(1, lambda world: _caught(refused, world, dataset, codecs, broken_off))
     assert caught.agreed
     (broken_off / LOCK).unlink()
     assert sorted(broken_off.rglob("*")) == before
